@@ -194,7 +194,7 @@ def test_tied_embeddings_stay_tied_and_lists_per_block_are_shortened():
         ({"layers": 4}, "from 1 to the teacher's 3"),
         ({"layers": 2, "drop_layers": (1,)}, "give only one of them"),
         ({"drop_layers": (3,)}, "from 0 to 2"),
-        ({"drop_layers": (0, 1, 2)}, "fewer than 3 distinct numbers"),
+        ({"drop_layers": (0, 1, 2)}, "fewer than 3 distinct indices"),
         ({"heads": 3}, "a multiple of 2"),
     ],
 )

@@ -185,7 +185,7 @@ def test_a_loss_of_ones_own_is_refused(cache, tmp_path):
         ({"method": "jensen_shannon"}, "runs the teacher online, but no teacher is given"),
         ({"beta": 0.5}, "'sparse' has no beta"),
         ({"beta": "half"}, "beta must be a number"),
-        ({"alpha": 1.5}, r"a number in \[0, 1\] .*found 1.5"),
+        ({"alpha": 1.5}, r"alpha is 1.5; give .* a number in \[0, 1\]"),
         ({"alpha": -0.1}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
         ({"alpha": "0.5"}, "alpha"),

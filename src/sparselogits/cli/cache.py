@@ -124,8 +124,8 @@ def cache(
         shown="by the class of the teacher",
     ),
     mask_rate: str | None = TARGETS(
-        "For masked: share of tokens to predict, above 0 to 1; or `random` for a share per window "
-        "by whose inverse the loss is weighted (masked diffusion).",
+        "For masked: share of tokens to predict, above 0 and at most 1; or `random` for a random "
+        "share per window, with the loss weighted by its inverse (masked diffusion).",
         shown="0.15",
     ),
     mask_units: MaskUnits | None = TARGETS(
@@ -206,13 +206,10 @@ def cache(
 
     drawn, budget = _sampler(context.meta[SAMPLER], budget)
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise InvalidArgumentError(
-            f"--temperature is {temperature}; expected a finite number above 0"
-        )
+        raise InvalidArgumentError(f"--temperature is {temperature}; give a finite number above 0")
     if not 0 <= holdout < 1:
         raise InvalidArgumentError(
-            f"--holdout is {holdout:g}; expected the fraction of the text to hold out, from 0 to "
-            "below 1"
+            f"--holdout is {holdout:g}; give the fraction of text to hold out, from 0 to below 1"
         )
     only = _window_range(windows)
     role = build_role(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
@@ -356,7 +353,7 @@ def _masked(
         share = rate if rate in (None, "random") else float(rate)
     except ValueError as error:
         raise InvalidArgumentError(
-            f"--mask-rate is {rate!r}; expected a share above 0 and at most 1, or random"
+            f"--mask-rate is {rate!r}; give a share above 0 and at most 1, or random"
         ) from error
     unit = None if units is None else units.value
     return objective_as_given(
@@ -451,7 +448,7 @@ def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, f
         own = [_dashed(field) + (" or --budget" if field == size else "") for field in declared]
         raise InvalidArgumentError(
             f"--sampler {kind.name} takes {listed(own) or 'no option of its own'}, not "
-            f"{_dashed(unknown[0])}"
+            f"{_dashed(unknown[0])}; leave it out, or choose another sampler"
         )
     if size is not None and size not in fields:
         budget = DEFAULT_BUDGET if budget is None else budget
@@ -459,7 +456,7 @@ def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, f
         raise InvalidArgumentError(f"give --budget or {_dashed(size)}, not both")
     if budget is not None and budget < 1:
         raise InvalidArgumentError(
-            f"--budget is {budget}; expected a mean number of entries per token of at least 1"
+            f"--budget is {budget}; give a mean number of entries per token of at least 1"
         )
     return choose(kind.name, fields).sampler(), budget
 
@@ -475,5 +472,5 @@ def _window_range(text: str | None) -> tuple[int, int] | None:
         return None
     first, colon, stop = text.partition(":")
     if not (colon and first.isdigit() and stop.isdigit()):
-        raise InvalidArgumentError(f"--windows is {text!r}; expected A:B, for example 0:512")
+        raise InvalidArgumentError(f"--windows is {text!r}; give A:B, for example 0:512")
     return int(first), int(stop)

@@ -63,7 +63,9 @@ def gradients(
     teacher: Teacher,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    fresh: bool = MODEL("Also use the first student with random weights.", False, "--fresh"),
+    fresh: bool = MODEL(
+        "Also measure a copy of the first student with random weights.", False, "--fresh"
+    ),
     data: str = DATA(
         "Text on which neither teacher nor student was trained, as for `sparselogits cache "
         "--data`.",
@@ -219,7 +221,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
 
 
 def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
-    """Create an adaptive sampler that draws the default's rounds where the signal is average."""
+    """Create an adaptive sampler with the default sampler's rounds where the signal is average."""
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds

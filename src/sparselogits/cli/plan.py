@@ -114,7 +114,7 @@ def plan(
     """Estimate size, hours and cost of a cache, and when it is cheaper than an online teacher."""
     if vocab < 2:
         raise InvalidArgumentError(
-            f"--vocab is {vocab}; expected at least 2. Give the teacher's vocabulary size"
+            f"--vocab is {vocab}; give the teacher's vocabulary size, at least 2"
         )
     storage = StorageCost.ours(vocab, budget)
     if bits is not None:

@@ -47,7 +47,7 @@ def shrink(
         "Number of transformer blocks to keep, selected by --layer-score.", shown="all"
     ),
     drop_layers: str | None = STUDENT(
-        "Numbers of the blocks to remove, for example 13,14,15, instead of --layers.", shown="none"
+        "Indices of the blocks to remove, for example 13,14,15, instead of --layers.", shown="none"
     ),
     channels: int | None = STUDENT(
         "Number of MLP channels to keep per block.", None, "--intermediate-size", shown="all"
@@ -154,7 +154,7 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
         raise InvalidArgumentError(
-            f"--drop-layers is {text!r}; expected block numbers separated by commas, such as 13,14"
+            f"--drop-layers is {text!r}; give block indices separated by commas, such as 13,14"
         )
     return tuple(int(part) for part in parts)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def view(
     cache: CacheArgument,
-    window: int = DATA("Number of the window to show.", 0, min=0),
+    window: int = DATA("Index of the window to show.", 0, min=0),
     teacher: str | None = MODEL(
         f"Teacher of the cache, to show the full distribution: {MODEL_NAMES}.",
         shown="cached entries only",
@@ -83,7 +83,7 @@ def _viewer(
     dtype: str,
     device: str,
 ) -> WindowViewer:
-    """Validate the window number and the names of models, and load the models to show."""
+    """Validate the window's index and the names of models, and load the models to show."""
     from sparselogits.data import CacheDataset
     from sparselogits.lab.report import WindowViewer
     from sparselogits.teacher.loading import load_tokenizer, locate_model

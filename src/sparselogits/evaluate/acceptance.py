@@ -6,9 +6,8 @@ probability min(1, p / s), so the acceptance probability at a position is
     sum_i s_i min(1, p_i / s_i) = sum_i min(p_i, s_i)
 
 (Leviathan et al. 2023, arXiv 2211.17192, definition 3.1 and theorem 3.5), which is one minus the
-total variation distance. `expected_acceptance` computes this sum; `draft_and_verify` runs one round
-of the algorithm. The emitted tokens have the teacher's distribution for any student (appendix A.1
-of the same paper). Both models are at temperature one.
+total variation distance. The emitted tokens have the teacher's distribution for any student
+(appendix A.1 of the same paper). Both models are at temperature one.
 """
 
 from __future__ import annotations

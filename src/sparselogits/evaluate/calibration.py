@@ -1,17 +1,12 @@
 """Compute the calibration of token predictions, that is, whether confidence equals accuracy.
 
 The confidence at a position is the model's largest probability, and the position is a hit if the
-token with that probability is the true token. Positions are binned by confidence; with N
-positions, n_b of them in bin b,
+token with that probability is the true token. With n_b of N positions in bin b,
 
     ECE = sum_b n_b / N |accuracy_b - confidence_b|
 
 (Naeini et al. 2015; Guo et al. 2017, equation 3). Bins have equal width, as in Guo et al., or equal
-mass (Nguyen and O'Connor 2015). Bins of equal mass also resolve small confidences, which are common
-in language models. ECE is not signed; `overconfidence`, mean confidence minus accuracy, is.
-
-Bins of equal mass are computed from all confidences at once. The confidences are stored as one
-float32 per position and model, 4 MB per million positions, negative for a miss.
+mass (Nguyen and O'Connor 2015), which also resolves the small confidences of language models.
 """
 
 from __future__ import annotations
@@ -73,7 +68,7 @@ class Calibration:
     """Calibration of token predictions.
 
     Args:
-        confidence: largest probability, averaged over positions.
+        confidence: mean confidence over all positions.
         accuracy: share of positions whose most likely token is the true token.
         equal_width: calibration with bins of equal width in confidence.
         equal_mass: calibration with bins of equally many positions; equal confidences share a bin.
@@ -153,16 +148,9 @@ def _reliability(
     bins: int,
     edges: Tensor | None,
 ) -> Reliability:
-    """Compute the calibration for one kind of bins.
+    """Compute the calibration from the confidence, hit, window and bin of each position [N].
 
-    Args:
-        confidence: confidence per position, float64 [N].
-        hit: 1 for a hit and 0 for a miss, float64 [N].
-        window: index of the position's window, int64 [N].
-        windows: number of windows.
-        bin_index: index of the position's bin, int64 [N].
-        bins: number of bins B.
-        edges: edges of the bins, float64 [B + 1]; None for the range of confidences in each bin.
+    `edges` has the edges of the bins, [B + 1]; None for the range of confidences in each bin.
     """
     count = torch.bincount(bin_index, minlength=bins)
     confidences = torch.bincount(bin_index, confidence, minlength=bins)

@@ -1,9 +1,7 @@
-"""Measure students and their teacher on held-out windows.
+"""Measure students and their teacher on held-out windows; docs/evaluation.md defines the metrics.
 
 The teacher runs once for all students. Logits of the teacher and of one student are in memory for
 one slice of positions at a time; one float32 per position and model is stored, for calibration.
-
-docs/evaluation.md defines the metrics and their intervals.
 """
 
 from __future__ import annotations
@@ -167,21 +165,9 @@ class HeldOut:
 
     def to_json(self) -> dict[str, Any]:
         """Return the metrics as JSON values."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "kl": self.kl,
-            "agreement": self.agreement,
-            "acceptance": self.acceptance,
-            "calibration": self.calibration.to_json(),
-            "positions": self.positions,
-            "loss_by_window": list(self.loss_by_window),
-            "kl_by_window": list(self.kl_by_window),
-            "agreement_by_window": list(self.agreement_by_window),
-            "acceptance_by_window": list(self.acceptance_by_window),
-            "positions_by_window": list(self.positions_by_window),
-            "intervals": {name: found.to_json() for name, found in self.intervals.items()},
-        }
+        intervals = {name: found.to_json() for name, found in self.intervals.items()}
+        shown = {"loss": self.loss, "perplexity": self.perplexity, **vars(self)}
+        return shown | {"calibration": self.calibration.to_json(), "intervals": intervals}
 
 
 _WITHOUT_TEACHER = ("loss", "ece", "ece_equal_mass", "overconfidence")
@@ -201,12 +187,9 @@ def _overconfidence(sums: Tensor) -> Tensor:
 
 def statistic_of(metric: str) -> Statistic:
     """Return the function that computes a metric from `HeldOut.sums`, summed over windows."""
-    binned: dict[str, Statistic] = {
-        "ece": _ece,
-        "ece_equal_mass": _ece,
-        "overconfidence": _overconfidence,
-    }
-    return binned.get(metric, ratio)
+    if metric == "overconfidence":
+        return _overconfidence
+    return _ece if metric.startswith("ece") else ratio
 
 
 @torch.no_grad()
@@ -280,15 +263,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Measured:
-    """Sums of one model's metrics over a window or a slice of a window.
+    """Sums of one model's metrics over a window or a slice of a window."""
 
-    Args:
-        sums: sums of loss, KL, agreements, acceptances and positions, float64 [5].
-        confidence: confidence per position, float32 [P], as `signed_confidence` returns it.
-    """
-
-    sums: Tensor
-    confidence: Tensor
+    sums: Tensor  # of loss, KL, agreements, acceptances and positions, float64 [5]
+    confidence: Tensor  # per position, float32 [P], see `signed_confidence`
 
 
 def _measure_window(
@@ -327,8 +305,7 @@ def _measure_window(
 def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
     """Divide a slice of positions into blocks of `BLOCK_ROWS` on a CPU, one block elsewhere.
 
-    For a new tensor of tens of megabytes, the operating system maps memory page by page, which
-    costs more than the arithmetic. A small tensor reuses memory that is already mapped.
+    Mapping memory for a large new tensor costs more than the arithmetic.
     """
     rows = positions.stop - positions.start
     if taught is None or taught.device.type == "cpu":
@@ -346,21 +323,13 @@ def _log_softmax(logits: Tensor, counted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _TeacherPredictions:
-    """Predictions of the teacher at P positions, computed once for all students.
+    """Predictions of the teacher at P positions, computed once for all students."""
 
-    Args:
-        log_p: log-probabilities, float32 [P, V].
-        p: probabilities, float32 [P, V].
-        largest: largest log-probability, float32 [P].
-        likeliest: id with the largest log-probability, int64 [P].
-        restricted: whether the last column is the rest of a draft vocabulary.
-    """
-
-    log_p: Tensor
-    p: Tensor
-    largest: Tensor
-    likeliest: Tensor
-    restricted: bool
+    log_p: Tensor  # log-probabilities, float32 [P, V]
+    p: Tensor  # probabilities, float32 [P, V]
+    largest: Tensor  # largest log-probability, float32 [P]
+    likeliest: Tensor  # most likely id, int64 [P]
+    restricted: bool  # whether the last column is the rest of a draft vocabulary
 
     @classmethod
     def of(cls, log_p: Tensor, *, restricted: bool) -> _TeacherPredictions:
@@ -383,13 +352,7 @@ def _measure_teacher(predicted: _TeacherPredictions, labels: Tensor) -> _Measure
 def _measure_student(
     log_s: Tensor, labels: Tensor, predicted: _TeacherPredictions | None
 ) -> _Measured:
-    """Measure a student's predictions at P positions.
-
-    Args:
-        log_s: the student's log-probabilities, float32 [P, V'].
-        labels: true tokens, int64 [P].
-        predicted: the teacher's predictions; None to measure only loss and calibration.
-    """
+    """Measure the log-probabilities of a student, float32 [P, V'], at positions with a label."""
     largest, likeliest = log_s.max(1)
     sums = torch.zeros(5, dtype=torch.float64)
     sums[_LOSS] = _loss(log_s, labels)

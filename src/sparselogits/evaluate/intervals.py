@@ -1,13 +1,10 @@
 """Compute means and ratios with intervals: Student's t, Fieller's, and the bootstrap over windows.
 
 Student's t interval is for the mean of values from a few runs or batches, and Fieller's interval
-for the ratio of two means of such values. The percentile bootstrap (Efron and Tibshirani 1993,
-section 13.3) is for metrics over many windows: windows are drawn with replacement, the metric is
-computed from each resample, and the interval lies between two quantiles. Windows are drawn instead
-of positions, because the positions of one window are not independent.
-
-The bootstrap is not suitable for three seeds: its 95 % interval covers the true mean in at most
-80 % of experiments (`tests/evaluate/test_bootstrap.py`).
+for the ratio of two such means. The percentile bootstrap (Efron and Tibshirani 1993, section 13.3)
+is for metrics over many windows, because the positions of one window are not independent. It is
+not suitable for three seeds: its 95 % interval covers the true mean in at most 80 % of experiments
+(`tests/evaluate/test_bootstrap.py`).
 """
 
 from __future__ import annotations
@@ -218,8 +215,7 @@ def paired_interval(
 ) -> Estimate:
     """Compute the difference of two models' values from paired resamples of the same units.
 
-    What makes a window difficult for both models cancels in the difference, so the interval is
-    narrower than the intervals of the two values suggest.
+    The difficulty of a window, common to both models, cancels in the difference.
 
     Args:
         first: contribution of each unit to each of the first model's C sums, float64 [W, C].
@@ -234,15 +230,23 @@ def paired_interval(
             f"the models were measured on {len(first)} and {len(second)} windows; measure both on "
             "the same windows"
         )
-    width = first.shape[1]
-
-    def difference(sums: Tensor) -> Tensor:
-        return statistic(sums[:, :width]) - statistic(sums[:, width:])
-
-    both = torch.cat([first, second], 1)
+    both, difference = torch.cat([first, second], 1), difference_of(statistic)
     return bootstrap_interval(
         both, difference, resamples=resamples, seed=seed, confidence=confidence
     )
+
+
+def difference_of(statistic: Statistic) -> Statistic:
+    """Return the function that computes the difference of a statistic between two models.
+
+    The sums of the models are side by side, float64 [R, 2 C].
+    """
+
+    def difference(sums: Tensor) -> Tensor:
+        one, other = sums.chunk(2, 1)
+        return statistic(one) - statistic(other)
+
+    return difference
 
 
 @dataclass(frozen=True)
@@ -322,13 +326,7 @@ def over_seeds(
 
 
 def _over_models_and_windows(value: float, above: _Floats, below: _Floats) -> Estimate:
-    """Compute the interval `SeedEstimate.both`.
-
-    Args:
-        value: the metric over all windows and models.
-        above: numerators per resample and model, float64 [R, S].
-        below: denominators per resample and model, float64 [R, S].
-    """
+    """Compute `SeedEstimate.both` from numerators and denominators, float64 [R, S]."""
     models = above.shape[1]
     a, b = above.mean(1), below.mean(1)
     off_a, off_b = above - a[:, None], below - b[:, None]
@@ -350,12 +348,9 @@ def _over_models_and_windows(value: float, above: _Floats, below: _Floats) -> Es
 
 
 def _reached(rising: Callable[[float], float], start: float, step: float) -> float | None:
-    """Find where a distribution function reaches the upper quantile; None if it never does.
+    """Compute where a distribution function reaches the upper quantile, searching from `start` up.
 
-    Args:
-        rising: distribution function.
-        start: argument at which the search starts, below the result.
-        step: first step of the search, which is doubled until the result is enclosed.
+    The step is doubled until the result is enclosed; None if it is not found.
     """
     wanted = (1 + CONFIDENCE) / 2
     low = high = start
@@ -376,8 +371,7 @@ def t_quantile(degrees: int, probability: float) -> float:
     """Compute a quantile of Student's t distribution, for a probability in [0.5, 1).
 
     The quantile is found by bisection in theta = atan(t / sqrt(degrees)), in which the distribution
-    for an integer number of degrees of freedom is a finite sum (Abramowitz and Stegun, 26.7.3 and
-    26.7.4).
+    is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(100):

@@ -20,7 +20,7 @@ _SLICE = 256
 
 
 class StudentLogits:
-    """Compute a student's logits for slices of a window, from the window's hidden states.
+    """Logits of a student for slices of a window, computed from the window's hidden states.
 
     Args:
         model: transformers language model. If trunk and head cannot be run separately, the logits
@@ -136,15 +136,7 @@ def teacher_slices(
 
 
 def require_ids(student: int, teacher: int) -> None:
-    """Check that a student's vocabulary is at least as large as the teacher's.
-
-    Args:
-        student: number of ids in the student's vocabulary.
-        teacher: number of ids in the teacher's vocabulary.
-
-    Raises:
-        InvalidArgumentError: If the student has fewer ids.
-    """
+    """Raise `InvalidArgumentError` if the student has fewer ids than the teacher."""
     if student < teacher:
         raise InvalidArgumentError(
             f"the student's vocabulary has {student} ids, fewer than the teacher's {teacher}; give "

@@ -1,9 +1,8 @@
 """Determine which dimensions of a model's tensors depend on which size of its configuration.
 
-The method needs no names of an architecture's modules. Two models without data (on torch's "meta"
-device) are created by the model's class with different values of one size; the tensor dimensions
-that differ depend on that size. The order of rows in fused projections cannot be determined from
-shapes; `slicing.order_of` tries the possible orders.
+Models without data (on torch's "meta" device) are created by the model's class with another value
+of one size; the dimensions that differ depend on that size. The order of rows in fused projections
+cannot be determined from shapes; `slicing.order_of` tries the possible orders.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         model: a transformers language model.
 
     Raises:
-        ShrinkError: the configuration does not contain the sizes.
+        ShrinkError: If the configuration does not contain the sizes.
     """
     config = text_config(model.config)
     try:
@@ -141,7 +140,7 @@ def layout_of(model: nn.Module) -> Layout:
         model: a transformers language model.
 
     Raises:
-        ShrinkError: the list of blocks cannot be identified.
+        ShrinkError: If the list of blocks cannot be identified.
     """
     sizes = sizes_of(model)
     layers = _blocks(model, sizes.layers)
@@ -208,13 +207,7 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
 def _changes(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], sizes: dict[str, int]
 ) -> list[tuple[str, int, int, int]]:
-    """Return (tensor name, dimension, old length, new length) per dimension that `sizes` changes.
-
-    Args:
-        model: model whose class and configuration are used.
-        shapes: shapes of the model's tensors by name.
-        sizes: changed sizes by name.
-    """
+    """Return (tensor, dimension, old length, new length) per dimension that `sizes` changes."""
     try:
         with torch.device("meta"):
             other: nn.Module = type(model)(resized(model, sizes))
@@ -255,15 +248,12 @@ def _add_gpt2(
     sizes: Sizes,
     layers: str,
 ) -> None:
-    """Add GPT-2's dimensions, because its shapes do not distinguish heads from the hidden size.
-
-    transformers' GPT-2 stores weights as [inputs, outputs].
-    """
+    """Add GPT-2's dimensions, because its shapes do not distinguish heads from the hidden size."""
     for name, shape in shapes.items():
         dimensions = found.setdefault(name, [])
         taken = {d.dim for d in dimensions}
         within_block = name.removeprefix(layers + ".").partition(".")[2]
-        if within_block in ("attn.c_attn.weight", "attn.c_attn.bias"):
+        if within_block in ("attn.c_attn.weight", "attn.c_attn.bias"):  # [inputs, outputs]
             dim = len(shape) - 1
             dimensions.append(Dimension("groups", dim, 3 * sizes.head_dim))
             taken.add(dim)

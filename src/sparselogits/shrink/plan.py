@@ -42,7 +42,7 @@ class ShrinkTarget:
             The target; for models that couple hidden size and heads, with both of them set.
 
         Raises:
-            ShrinkError: sizes are out of range, or the architecture does not support them.
+            ShrinkError: If sizes are out of range, or the architecture does not support them.
         """
         sizes = layout.sizes
         if self.layers is not None and self.drop_layers is not None:
@@ -55,7 +55,7 @@ class ShrinkTarget:
         wrong = [n for n in dropped if not 0 <= n < sizes.layers]
         if wrong or len(set(dropped)) != len(dropped) or len(dropped) >= sizes.layers:
             raise ShrinkError(
-                f"drop_layers={list(dropped)}: expected fewer than {sizes.layers} distinct numbers "
+                f"drop_layers={list(dropped)}; give fewer than {sizes.layers} distinct indices "
                 f"from 0 to {sizes.layers - 1}"
             )
         target = self._coupled(sizes) if layout.coupled else self
@@ -135,13 +135,9 @@ class Kept:
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` largest scores, int64 [count], ascending.
+    """Return the indices of the `count` largest of N scores, int64 [count], ascending.
 
     Among equal scores, those with the smallest indices are selected.
-
-    Args:
-        scores: [N] scores.
-        count: number of indices.
     """
     order = torch.argsort(scores, descending=True, stable=True)
     return order[:count].sort().values
@@ -167,4 +163,4 @@ def kept_layers(
 
 def _require_within(name: str, value: int | None, most: int) -> None:
     if value is not None and not 1 <= value <= most:
-        raise ShrinkError(f"{name}={value}: expected a number from 1 to the teacher's {most}")
+        raise ShrinkError(f"{name}={value}; give a number from 1 to the teacher's {most}")

@@ -28,8 +28,8 @@ def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
         teacher: name of the teacher, for the card.
 
     Raises:
-        StorageError: the disk is full or cannot be written; no files remain.
-        InvalidArgumentError: the folder is not empty.
+        StorageError: If the disk is full or cannot be written; no files remain.
+        InvalidArgumentError: If the folder is not empty.
     """
     with whole_folder(out) as folder:
         shrunk.model.save_pretrained(folder)  # type: ignore[operator]

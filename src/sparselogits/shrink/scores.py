@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -57,25 +59,20 @@ def layer_influence(
         model: a transformers language model.
         layout: layout of the model, from `layout_of`.
         windows: int64 [N, L] calibration tokens.
-        progress: called after each window.
+        progress: function that is called after each window.
     """
     sums = torch.zeros(layout.sizes.layers, dtype=torch.float64)
-    handles = []
-    for number, block in enumerate(layout.blocks_of(model)):
 
-        def compare(
-            _: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number
-        ) -> None:
-            before = (args[0] if args else kwargs["hidden_states"]).float()
-            after = (output[0] if isinstance(output, tuple) else output).float()
-            sums[number] += float((1 - F.cosine_similarity(before, after, dim=-1)).mean())
+    def compare(number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before = (args[0] if args else kwargs["hidden_states"]).float()
+        after = (output[0] if isinstance(output, tuple) else output).float()
+        sums[number] += float((1 - F.cosine_similarity(before, after, dim=-1)).mean())
 
-        handles.append(block.register_forward_hook(compare, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for number, block in enumerate(layout.blocks_of(model)):
+            hook = partial(compare, number)
+            hooks.enter_context(block.register_forward_hook(hook, with_kwargs=True))
         _run(model, windows, progress)
-    finally:
-        for handle in handles:
-            handle.remove()
     return (sums / len(windows)).tolist()
 
 
@@ -88,25 +85,22 @@ def layer_losses(
     This takes one pass over the windows per block. The arguments are those of `layer_influence`.
 
     Raises:
-        ShrinkError: the model is a masked language model, which predicts no next token.
+        ShrinkError: If the model is a masked language model, which predicts no next token.
     """
     if predicts_masked(model):
         raise ShrinkError(
             f"{type(model).__name__} is a masked language model, but the layer score 'loss' is the "
             "loss of next tokens; choose 'influence' or 'spaced' (--layer-score)"
         )
+
+    def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
     losses = []
     for number, block in enumerate(layout.blocks_of(model)):
-
-        def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            states = args[0] if args else kwargs["hidden_states"]
-            return (states, *output[1:]) if isinstance(output, tuple) else states
-
-        handle = block.register_forward_hook(skip, with_kwargs=True)
-        try:
+        with block.register_forward_hook(skip, with_kwargs=True):
             losses.append(loss_of(model, windows))
-        finally:
-            handle.remove()
         if progress is not None:
             progress(number + 1, layout.sizes.layers)
     return losses
@@ -144,58 +138,49 @@ def width_scores(
         layout: layout of the model, from `layout_of`.
         windows: int64 [N, L] calibration tokens.
         sizes: names of the sizes to score, from "channels", "groups" and "hidden".
-        progress: called after each window.
+        progress: function that is called after each window.
 
     Returns:
         Float64 scores by size: [layers, channels], [layers, groups] and [hidden].
 
     Raises:
-        ShrinkError: the output projections of the blocks cannot be identified.
+        ShrinkError: If the output projections of the blocks cannot be identified.
     """
     model_sizes, modules = layout.sizes, dict(model.named_modules())
     scores: dict[str, Tensor] = {}
-    handles = []
-    for size in ("channels", "groups"):
-        if size not in sizes:
-            continue
-        count = model_sizes.channels if size == "channels" else model_sizes.groups
-        scores[size] = torch.zeros(model_sizes.layers, count, dtype=torch.float64)
-        projections = _output_projections(layout, modules, size)
-        if sorted(layer for _, _, layer in projections) != list(range(model_sizes.layers)):
-            raise ShrinkError(
-                f"{type(model).__name__}: its blocks do not each have one output projection for "
-                f"{'MLP channels' if size == 'channels' else 'attention heads'}, so these cannot "
-                "be scored. Prune only its layers, or use a tool for its architecture"
-            )
-        for name, weight_dim, layer in projections:
-            handles.append(
-                modules[name].register_forward_pre_hook(
-                    _contribution(scores[size][layer], modules[name], weight_dim)
+    with ExitStack() as hooks:
+        for size in ("channels", "groups"):
+            if size not in sizes:
+                continue
+            count = model_sizes.channels if size == "channels" else model_sizes.groups
+            scores[size] = torch.zeros(model_sizes.layers, count, dtype=torch.float64)
+            projections = _output_projections(layout, modules, size)
+            if sorted(layer for _, _, layer in projections) != list(range(model_sizes.layers)):
+                parts = "MLP channels" if size == "channels" else "attention heads"
+                raise ShrinkError(
+                    f"{type(model).__name__}: its blocks do not each have one output projection "
+                    f"for {parts}, so these cannot be scored. Prune only its layers, or use a tool "
+                    "for its architecture"
                 )
-            )
-    if "hidden" in sizes:
-        scores["hidden"] = torch.zeros(model_sizes.hidden, dtype=torch.float64)
-        for name in norms_of(model, layout):
+            for name, weight_dim, layer in projections:
+                add_up = _contribution(scores[size][layer], modules[name], weight_dim)
+                hooks.enter_context(modules[name].register_forward_pre_hook(add_up))
+        if "hidden" in sizes:
+            scores["hidden"] = torch.zeros(model_sizes.hidden, dtype=torch.float64)
 
             def add(_: nn.Module, __: Any, output: Tensor) -> None:
                 scores["hidden"] += output.double().square().flatten(0, -2).mean(0).cpu()
 
-            handles.append(modules[name].register_forward_hook(add))
-    try:
+            for name in norms_of(model, layout):
+                hooks.enter_context(modules[name].register_forward_hook(add))
         _run(model, windows, progress)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {size: value.div(len(windows)).sqrt() for size, value in scores.items()}
 
 
 def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Callable[..., None]:
-    """Return a forward pre-hook that adds up each unit's mean squared contribution.
+    """Return a forward pre-hook that adds each unit's mean squared contribution to `into` [units].
 
-    Args:
-        into: sums that the hook adds to, float64 [units].
-        projection: output projection; its inputs are the units.
-        weight_dim: dimension of the inputs in the projection's weight.
+    The units are the inputs of the projection, dimension `weight_dim` of its weight.
     """
     count = len(into)
     weight: Any = projection.weight
@@ -216,10 +201,7 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
 def _output_projections(
     layout: Layout, modules: dict[str, nn.Module], size: str
 ) -> list[tuple[str, int, int]]:
-    """Return (module name, input dimension of the weight, block index) per output projection.
-
-    Output projections are the linear layers whose inputs depend on a size.
-    """
+    """Return (name, input dimension, block) of each linear layer whose inputs depend on a size."""
     found = []
     for name, dimensions in layout.dimensions.items():
         module = modules.get(name.removesuffix(".weight"))

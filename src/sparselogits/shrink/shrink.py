@@ -80,11 +80,11 @@ def shrink(
         layer_score: rule that selects blocks: the score "influence" (one pass over the windows) or
             "loss" (one pass per block; causal models only), or "spaced" for evenly spaced blocks
             from the first to the last one (DistilBERT).
-        progress: called repeatedly with the number of finished passes and their total.
+        progress: function that is called with the number of finished passes and their total.
 
     Raises:
-        ShrinkError: the model cannot be pruned to these sizes, or its structure is not supported.
-        InvalidArgumentError: calibration windows are required and missing.
+        ShrinkError: If the structure of the model, or its pruning to these sizes, is not supported.
+        InvalidArgumentError: If calibration windows are required and missing.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -107,15 +107,8 @@ def shrink(
         dropped = tuple(n for n in range(total) if n not in kept_spaced)
         target = replace(target, layers=None, drop_layers=dropped)
     chosen_by_score = target.layers is not None and target.layers < total
-    wide = [
-        size
-        for size, value in (
-            ("channels", channels),
-            ("groups", target.heads),
-            ("hidden", target.hidden),
-        )
-        if value is not None
-    ]
+    sizes = {"channels": channels, "groups": target.heads, "hidden": target.hidden}
+    wide = [size for size, value in sizes.items() if value is not None]
     if (chosen_by_score or wide) and (windows is None or windows.ndim != 2 or not len(windows)):
         raise InvalidArgumentError(
             "selecting the parts to remove needs calibration windows, int64 [N, L]; give windows, "
@@ -152,16 +145,7 @@ def _select_width(
     wide: list[str],
     progress: Progress | None,
 ) -> Kept:
-    """Return `kept` with the channels, groups and hidden channels that have the largest scores.
-
-    Args:
-        model: the teacher.
-        target: requested sizes.
-        kept: indices of the retained blocks; only these are in the model that is scored.
-        windows: int64 [N, L] calibration tokens.
-        wide: names of the sizes to prune.
-        progress: called after each window.
-    """
+    """Return `kept` with the units of the sizes `wide` that have the largest scores."""
     layout = layout_of(model)
     shallow = model
     if len(kept.layers) < layout.sizes.layers:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from sparselogits.shrink.plan import Kept
 
 _ORDERS: tuple[Order, ...] = ("concatenated", "interleaved")
 _TOLERANCE = 1e-3
-"""Largest difference between logits that is attributed to float32 rounding, relative to the largest
-logit."""
+"""Largest difference of logits, relative to the largest logit, attributed to float32 rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ class Slicer:
             if dimension.size == "hidden" and self.kept.hidden is not None:
                 indices = _in_blocks(self.kept.hidden, self.layout.sizes.hidden, dimension.repeats)
             elif position is not None and dimension.size == "channels" and self.kept.channels:
-                indices = _in_blocks(
-                    self.kept.channels[position], self.layout.sizes.channels, dimension.repeats
-                )
+                channels, total = self.kept.channels[position], self.layout.sizes.channels
+                indices = _in_blocks(channels, total, dimension.repeats)
             elif position is not None and dimension.size == "groups" and self.kept.groups:
                 indices = self._group_rows(name, self.kept.groups[position], dimension.repeats)
             if indices is not None:
@@ -61,13 +60,8 @@ class Slicer:
             queries = sizes.heads_per_group * sizes.head_dim
             keys_at = sizes.groups * queries
             values_at = keys_at + sizes.groups * sizes.head_dim
-            return torch.cat(
-                [
-                    _runs(groups, queries),
-                    keys_at + _runs(groups, sizes.head_dim),
-                    values_at + _runs(groups, sizes.head_dim),
-                ]
-            )
+            key_rows = _runs(groups, sizes.head_dim)
+            return torch.cat([_runs(groups, queries), keys_at + key_rows, values_at + key_rows])
         return _runs(groups, repeats)
 
     def new_name(self, name: str) -> str | None:
@@ -90,7 +84,7 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
         slicer: retained indices of its tensors.
 
     Raises:
-        ShrinkError: the tensors do not have the shapes that the layout predicts.
+        ShrinkError: If the tensors do not have the shapes that the layout predicts.
     """
     from transformers.initialization import no_init_weights
 
@@ -138,7 +132,7 @@ def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
         kept: indices of the retained blocks, channels and heads.
 
     Raises:
-        ShrinkError: the logits differ in every order.
+        ShrinkError: If the logits differ in every order.
     """
     few = kept.first(2)
     reason: Exception | None = None
@@ -178,10 +172,8 @@ def _is_equivalent(model: nn.Module, slicer: Slicer) -> bool:
         found = whole(input_ids=probe, use_cache=False).logits
     else:
         layout = slicer.layout
-        with (
-            _norms_over(hidden, whole, student, layout),
-            _inputs_of(hidden, whole, student, layout),
-        ):
+        given = (hidden, whole, student, layout)
+        with _norms_over(*given), _inputs_of(*given):
             found = whole(input_ids=probe, use_cache=False).logits
     limit = _TOLERANCE * float(expected.abs().max().clamp(min=1.0))
     return bool((found - expected).abs().max() <= limit)
@@ -191,41 +183,28 @@ def _is_equivalent(model: nn.Module, slicer: Slicer) -> bool:
 def _norms_over(
     hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
 ) -> Iterator[None]:
-    """Within a `with` block, replace the larger model's normalisations by the smaller model's.
-
-    Args:
-        hidden: indices of the retained channels, int64 [hidden].
-        whole: the larger model.
-        student: the smaller model.
-        layout: layout of the larger model.
-    """
+    """Within a `with` block, replace the larger model's normalisations by the student's."""
     small, large = dict(student.named_modules()), dict(whole.named_modules())
-    handles = []
-    for name in norms_of(whole, layout):
 
-        def over_kept(
-            _: nn.Module, given: tuple[Tensor, ...], out: Tensor, norm: nn.Module = small[name]
-        ) -> Tensor:
-            kept = norm(given[0][..., hidden])
-            return torch.zeros_like(out).index_copy_(-1, hidden, kept)
+    def over_kept(norm: nn.Module, _: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        kept = norm(given[0][..., hidden])
+        return torch.zeros_like(out).index_copy_(-1, hidden, kept)
 
-        handles.append(large[name].register_forward_hook(over_kept))
-    try:
+    with ExitStack() as hooks:
+        for name in norms_of(whole, layout):
+            hook = partial(over_kept, small[name])
+            hooks.enter_context(large[name].register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def _inputs_of(
     hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
 ) -> Iterator[None]:
-    """Within a `with` block, pass the smaller model's states to the larger model's first layer.
+    """Within a `with` block, pass the student's states to the larger model's first block.
 
-    Embeddings that a model multiplies by a function of the hidden size are already rescaled in the
-    smaller model (`_restore_scales`), and must not be multiplied twice. The arguments are those of
-    `_norms_over`.
+    The student's embedding is already rescaled (`_restore_scales`), so the factor that depends on
+    the hidden size must not be applied twice.
     """
     states = _first_inputs(student, layout, probe_tokens(student))
 
@@ -236,11 +215,8 @@ def _inputs_of(
             return (wide, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": wide}
 
-    handle = layout.blocks_of(whole)[0].register_forward_pre_hook(replaced, with_kwargs=True)
-    try:
+    with layout.blocks_of(whole)[0].register_forward_pre_hook(replaced, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def norms_of(model: nn.Module, layout: Layout) -> list[str]:
@@ -263,13 +239,12 @@ def norms_of(model: nn.Module, layout: Layout) -> list[str]:
 
 @torch.no_grad()
 def _restore_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
-    """Compensate for factors that depend on the hidden size.
+    """Compensate for factors that depend on the hidden size D, of which D' channels remain.
 
-    A normalisation divides by the root mean square over D channels. Over D' of these channels, if
-    the removed ones are zero, the root mean square is larger by sqrt(D / D'), so the weight of the
-    normalisation is multiplied by this factor. Some models (Gemma) multiply embeddings by a
-    function of D. This factor is measured, and the embedding is multiplied by it; if the head is
-    tied to the embedding, the weight of the last normalisation is divided by it.
+    The root mean square over D' channels is larger by sqrt(D / D') if the others are zero, so the
+    weights of normalisations are multiplied by this factor. Some models (Gemma) multiply embeddings
+    by a function of D: the factor is measured, the embedding multiplied by it, and, if the head is
+    tied, the last normalisation divided by it.
     """
     hidden = slicer.kept.hidden
     assert hidden is not None
@@ -319,7 +294,7 @@ def _adds_one(norm: nn.Module) -> bool:
 
 
 class _StopForwardError(Exception):
-    """Raised to end a forward pass at the first block."""
+    """Exception that ends a forward pass at the first block."""
 
 
 def _first_inputs(model: nn.Module, layout: Layout, probe: Tensor) -> Tensor:
@@ -330,13 +305,9 @@ def _first_inputs(model: nn.Module, layout: Layout, probe: Tensor) -> Tensor:
         inputs.append(args[0] if args else kwargs["hidden_states"])
         raise _StopForwardError
 
-    handle = layout.blocks_of(model)[0].register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    first = layout.blocks_of(model)[0]
+    with suppress(_StopForwardError), first.register_forward_pre_hook(record, with_kwargs=True):
         model(input_ids=probe.to(_device(model)), use_cache=False)
-    except _StopForwardError:
-        pass
-    finally:
-        handle.remove()
     return inputs[0]
 
 

@@ -1,8 +1,7 @@
 """Validate the arguments of `SparseKDTrainer`.
 
 Every argument of transformers' Trainer and TrainingArguments has the effect that transformers
-documents, or is rejected by name before training starts. A test covers all fields of the installed
-version.
+documents, or is rejected by name before training starts.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ REJECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "that checkpoints and thinning are computed from. Leave both out",
     ),
 }
-"""Maps a field of TrainingArguments to a test for unsupported values, and a reason with advice."""
+"""Test for unsupported values, and reason with advice, by field of TrainingArguments."""
 
 REJECTED_BY_TRAINER: dict[str, str] = {
     "compute_loss_func": "`method` and `alpha` define the loss. For another loss, call "
     "sparselogits.linear_sparse_cross_entropy in your own Trainer",
 }
-"""Maps an unsupported argument of the Trainer itself to the reason, with advice."""
+"""Reason with advice, by unsupported argument of the Trainer itself."""
 
 
 def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
@@ -106,7 +105,7 @@ def require_objective(
     chosen = find_method(method)
     if not _is_number(alpha) or not 0 <= alpha <= 1:
         raise InvalidArgumentError(
-            f"alpha must be a number in [0, 1] (the labels' share of the loss), found {alpha!r}"
+            f"alpha is {alpha!r}; give the labels' share of the loss, a number in [0, 1]"
         )
     if beta is not None and not _is_number(beta):
         raise InvalidArgumentError(f"beta must be a number in (0, 1) or None, found {beta!r}")

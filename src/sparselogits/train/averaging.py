@@ -1,8 +1,4 @@
-"""Average checkpoints of a training run, or models of runs with the same initial weights.
-
-The averaged model is often better than the last checkpoint. It can also serve as the teacher when
-the student is trained on the text again.
-"""
+"""Average checkpoints of a training run, or models of runs with the same initial weights."""
 
 from __future__ import annotations
 
@@ -36,8 +32,7 @@ def average_checkpoints(
 ) -> nn.Module:
     """Average the weights of several checkpoints, and write the result as a model folder.
 
-    The mean is computed in float32 by torch's `AveragedModel`, one checkpoint at a time, so that
-    only two models are in memory.
+    The mean is computed in float32 by torch's `AveragedModel`; two models are in memory at a time.
 
     Args:
         folders: at least two model folders of the same architecture: checkpoints of the Trainer, or

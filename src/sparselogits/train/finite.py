@@ -1,7 +1,6 @@
 """Detect a loss that is not finite without waiting for the device in every step.
 
-The losses of batches stay on the device. They are checked together when the Trainer waits for the
-device anyway: at a log line, before a checkpoint is saved, and at the end.
+Losses stay on the device until the Trainer waits for it: at log lines, checkpoints, and the end.
 """
 
 from __future__ import annotations

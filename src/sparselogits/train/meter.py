@@ -9,8 +9,8 @@
     tokens_per_second   tokens per second over all ranks, without evaluation and saving
     data_seconds        seconds that a rank waited for batches, mean over ranks
 
-The cache stores the teacher's entropy as one mean per window over all positions. Positions without
-a label (the last of a window) count in that mean but not in `kd`; `kl` ignores the difference.
+The cached teacher's entropy is a mean over all positions of a window. Positions without a label
+count in that mean but not in `kd`; `kl` ignores the difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUMS = ("kd", "ce", "cosine", "entropy", "entries", "positions", "tokens")
 
 
 class LossMeter:
-    """Sums losses and counts over positions, in a tensor that a compiled forward can update."""
+    """Sums of losses and counts over positions, in a tensor that a compiled forward can update."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(len(_SUMS))

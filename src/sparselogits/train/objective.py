@@ -1,9 +1,8 @@
 """Compute the loss inside a student's own forward.
 
 `bind` replaces the forward of one model instance by one that runs the trunk and then the fused loss
-on the head's weight. The loss must be computed inside the forward that DDP, FSDP2, autocast and
-torch.compile wrap: calling the trunk from outside and using the head's weight there would skip
-DDP's gradient synchronisation without an error.
+on the head's weight. The loss is computed inside the forward that DDP, FSDP2, autocast and
+torch.compile wrap; outside of it, DDP would not synchronise gradients, without an error.
 """
 
 from __future__ import annotations
@@ -204,10 +203,7 @@ class _Bound:
     """Base of the classes of bound students; copies and pickles have the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return the state for `copy` and `pickle` that restores an instance of the original class.
-
-        See `object.__reduce_ex__` for arguments and result.
-        """
+        """Return the state with which `copy` and `pickle` restore the original class."""
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
@@ -227,8 +223,7 @@ class _Bound:
 def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of `plain`, with the same name, whose forward computes the objective.
 
-    A method of a class is bound to the copy or replica that calls it; a function set on an instance
-    would remain bound to the original.
+    A function set on an instance instead would remain bound to the original in copies and replicas.
     """
     return type(
         plain.__name__,
@@ -246,8 +241,7 @@ def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
 def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward that computes the objective if labels are given, else calls `plain`.
 
-    The signature must be that of `plain`, because transformers inspects it to decide whether a
-    model takes an attention mask. Without a mask, generation from padded batches would be wrong.
+    transformers inspects the signature, for example to decide whether to pass an attention mask.
     """
 
     @wraps(plain)

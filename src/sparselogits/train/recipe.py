@@ -1,8 +1,4 @@
-"""Define, read and validate recipes: YAML files with all settings of a training run.
-
-The error for an unknown key suggests the nearest valid key; the error for a value out of range
-states the allowed range.
-"""
+"""Define, read and validate recipes: YAML files with all settings of a training run."""
 
 from __future__ import annotations
 
@@ -154,7 +150,9 @@ class Student(_Strict):
     def _one_way(self) -> Student:
         shape = {"hidden_size", "layers", "heads", "kv_heads", "intermediate_size"}
         ways = [name for name in ("path", "config", "size") if getattr(self, name) is not None]
-        numbers = sorted(name for name in shape & self.model_fields_set if self._differs(name))
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        given = shape & self.model_fields_set
+        numbers = sorted(name for name in given if getattr(self, name) != defaults[name])
         if len(ways) > 1 or (ways and numbers):
             found = " and ".join([*ways, *numbers])
             raise ValueError(f"give one of path, config, size, or dimensions (found {found})")
@@ -174,9 +172,6 @@ class Student(_Strict):
                 f"kv_heads={kv_heads} does not divide heads={self.heads}; give a divisor"
             )
         return self
-
-    def _differs(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @model_serializer(mode="wrap")
     def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -305,7 +300,7 @@ RENAMED = {
     "precision": "bf16",
     "log_steps": "logging_steps",
 }
-"""Maps the key of a setting in recipes of earlier versions to a field of TrainingArguments."""
+"""Fields of TrainingArguments, by the key of the setting in recipes of earlier versions."""
 
 
 class TrainingSettings(_Strict):
@@ -317,7 +312,7 @@ class TrainingSettings(_Strict):
     model_config = ConfigDict(extra="allow")
 
     set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out"}
-    """Maps a field of TrainingArguments to the recipe key that sets it."""
+    """Recipe keys, by the field of TrainingArguments that they set."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = Field(
         1.0, description="number of passes over the cache"
@@ -633,12 +628,7 @@ _FIELDS = {
 
 
 def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
-    """Return the line of an error message that describes one error found by pydantic.
-
-    Args:
-        detail: element of `ValidationError.errors()`.
-        fields: valid keys of each mapping, by the mapping's own key; "recipe" for the outermost.
-    """
+    """Return the line of an error message for an element of `ValidationError.errors()`."""
     path = [str(part) for part in detail["loc"]]
     # "(...)" is the alternative of a union that pydantic chose, not a key
     name = ".".join(part for part in path if not part.startswith("("))
@@ -656,7 +646,7 @@ def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
     if detail["type"] == "missing":
         if name == "student":
             return f"student: missing; {HOW_TO_NAME_A_STUDENT}"
-        return f"{name}: missing"
+        return f"{name}: missing; add this key"
     return f"{name or 'recipe'}: {message}" + (
         f" (found {shown(detail['input'])})"
         if name and not isinstance(detail["input"], dict)

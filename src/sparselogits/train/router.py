@@ -1,8 +1,7 @@
 """Compute the load-balancing loss of a mixture of experts whose trunk runs without the head.
 
-A mixture of experts of transformers computes this auxiliary loss in its forward, after the head,
-with the function `load_balancing_loss_func` of the module that defines the model. Here the function
-is called on the router logits that the trunk returns.
+transformers computes this auxiliary loss after the head, with `load_balancing_loss_func` of the
+model's module. Here this function is called on the router logits that the trunk returns.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ def coefficient(model: nn.Module) -> float:
 def balancing_loss(model: nn.Module, parts: Parts) -> BalancingLoss | None:
     """Return a function that computes the model's load-balancing loss from the trunk's output.
 
-    Returns:
-        The function; None if the model's module does not define one, or if the result on a few
-        tokens differs from the loss that the model computes itself.
+    The result is None if the model's module defines no such loss, or if the function differs from
+    the loss in the model's own forward on a few tokens.
     """
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     experts = getattr(model, "num_experts", None)

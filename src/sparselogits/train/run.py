@@ -21,7 +21,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,7 +303,7 @@ def _save(
     tokenizer: Any | None,
     metrics: Mapping[str, Any],
 ) -> None:
-    """Save the student of a recipe, with the metrics of the run in the model card."""
+    """Save the student of a recipe, with a model card that contains the metrics of the run."""
     quantize = recipe.student.quantize
     save_student(
         model,
@@ -396,7 +396,7 @@ def _thinning(recipe: Recipe, dataset: CacheDataset) -> Schedule | None:
 
 
 class _LogLastStep(TrainerCallback):  # type: ignore[misc]
-    """Log the last step regardless of the logging interval, so that a short run reports a loss."""
+    """Callback that logs the last step in any case, so that a short run reports a loss."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -404,7 +404,7 @@ class _LogLastStep(TrainerCallback):  # type: ignore[misc]
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
-    """Pass the Trainer's log lines to a progress function."""
+    """Callback that passes the Trainer's log lines to a progress function."""
 
     def __init__(self, progress: TrainingProgress) -> None:
         self.progress = progress
@@ -421,12 +421,7 @@ class _Report(TrainerCallback):  # type: ignore[misc]
 
 
 def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments:
-    """Return the TrainingArguments of a recipe.
-
-    Raises:
-        RecipeError: If TrainingArguments rejects a value.
-        InvalidArgumentError: If `SparseKDTrainer` does not support an argument.
-    """
+    """Return the TrainingArguments of a recipe, checked for those that are not supported."""
     settings: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
         "adam_beta2": 0.95,
@@ -503,8 +498,7 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, f
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values as stored in recipe.json, with the learning rate that is used."""
-    # allowances have no effect on the result of a run
+    """Return the values in recipe.json; allowances have no effect on the result of a run."""
     values = recipe.model_dump(mode="json", exclude={"allow"})
     return values | {"learning_rate": recipe.peak_learning_rate}
 
@@ -522,11 +516,7 @@ def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunResult | None:
-    """Return the result of a finished run, or None if the run is not finished.
-
-    Raises:
-        RecipeError: If the folder contains a run of another recipe, or from another cache.
-    """
+    """Return the result of a finished run of this recipe and cache; None if it is not finished."""
     if not (out / "recipe.json").exists():
         return None
     before = with_new_names(json.loads((out / "recipe.json").read_text()))
@@ -563,25 +553,16 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
 
 def _last_checkpoint(out: Path) -> str | None:
     """Return the path of the last complete checkpoint, or None."""
-    found = [f for f in (out / "checkpoints").glob("checkpoint-*") if _is_complete(f)]
-    last = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-    return None if last is None else str(last)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:  # the Trainer writes this file last
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+    complete = {}
+    for folder in (out / "checkpoints").glob("checkpoint-*"):
+        with suppress(OSError, ValueError):  # the Trainer writes this file last
+            json.loads((folder / "trainer_state.json").read_text())
+            complete[int(folder.name.rpartition("-")[2])] = str(folder)
+    return complete[max(complete)] if complete else None
 
 
 def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> None:
-    """Check that a cache was built with this teacher.
-
-    Raises:
-        IdentityMismatchError: If the weights differ; the message names both teachers.
-    """
+    """Raise `IdentityMismatchError` if a cache was built with a teacher that has other weights."""
     mine, theirs = teacher.identity["weights"], identity.teacher.get("weights")
     if mine != theirs:
         error = IdentityMismatchError(

@@ -1,8 +1,4 @@
-"""Save a trained student as a folder that other programs load without conversion.
-
-The folder contains the weights in safetensors, the configuration, the generation settings, the
-tokenizer with its chat template, and a model card with the recipe and the cache's fingerprint.
-"""
+"""Save a trained student as a folder that other programs load without conversion."""
 
 from __future__ import annotations
 
@@ -68,11 +64,7 @@ def save_student(
 
 
 def _untie_adapted(model: Any) -> None:
-    """Untie embedding and head if one of them has an adapter.
-
-    In a tied model both are one weight: merging the head's adapter into that weight would change
-    the embedding too, and loading the saved model would tie embedding and head again.
-    """
+    """Untie embedding and head if one of them has an adapter, which must not change the other."""
     base = model.get_base_model()
     config = text_config(base.config)
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]

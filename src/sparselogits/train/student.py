@@ -141,16 +141,16 @@ def _with_adapter(model: nn.Module, lora: Lora) -> nn.Module:
 
 
 def require_finite_weights(model: nn.Module, what: str) -> None:
-    """Check that all weights of a model are finite numbers.
+    """Raise `TeacherError` if weights of a model are not finite numbers."""
 
-    Raises:
-        TeacherError: If some weights are not finite; the message states how many, and the name of
-            the first.
-    """
+    def plain(parameter: nn.Parameter) -> torch.Tensor:
+        values = parameter.detach()  # a quantised parameter is dequantised
+        return values if type(values) is torch.Tensor else values.dequantize()
+
     wrong = [
         name
         for name, p in model.named_parameters()
-        if p.is_floating_point() and not bool(_plain(p).isfinite().all())
+        if p.is_floating_point() and not bool(plain(p).isfinite().all())
     ]
     if wrong:
         raise TeacherError(
@@ -158,12 +158,6 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
             f"weights, {wrong[0]} first: its training diverged, or the file is damaged. Take an "
             "earlier checkpoint, or train the model again with a lower learning rate"
         )
-
-
-def _plain(parameter: nn.Parameter) -> torch.Tensor:
-    """Return the values of a parameter as a plain tensor; a quantised one is dequantised."""
-    values = parameter.detach()
-    return values if type(values) is torch.Tensor else values.dequantize()
 
 
 def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
@@ -203,13 +197,9 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
 
 def give_tokens(model: nn.Module, tokenizer: Any) -> None:
     """Set the special tokens in a new model's configuration, so that generation can stop."""
-    ids = {
-        name: getattr(tokenizer, name, None)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
     config: Any = model.config
-    for name, value in ids.items():
-        if value is not None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (value := getattr(tokenizer, name, None)) is not None:
             setattr(config, name, value)
     model.generation_config = GenerationConfig.from_model_config(config)
 
@@ -227,8 +217,7 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
         config = AutoConfig.from_pretrained(model_named(recipe.student.path))
     except (OSError, ValueError):  # a GGUF file
         return torch.float32
-    stored = getattr(config, "dtype", None)
-    name = str(stored).removeprefix("torch.")
+    name = str(getattr(config, "dtype", None)).removeprefix("torch.")
     return DTYPES.get(name, torch.float32)
 
 

@@ -50,17 +50,11 @@ from sparselogits.store.ranges import joined, ranges_in_words
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.arguments import require_known, require_objective
 from sparselogits.train.finite import FiniteGuard
-from sparselogits.train.objective import (
-    Objective,
-    Wiring,
-    attach,
-    bind,
-    unbind,
-)
+from sparselogits.train.objective import Objective, Wiring, attach, bind, unbind
 
 
 class SparseKDTrainer(Trainer):  # type: ignore[misc]
-    """Distil a student from a cache of sparse targets.
+    """Trainer that distils a student from a cache of sparse targets.
 
     Args:
         model: the student, a transformers language model of the cache's kind, causal or masked. Its
@@ -325,11 +319,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             return super().get_batch_samples(epoch_iterator, *others)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the items by which a step's loss is divided.
-
-        The items are the labels. In masked diffusion, where a window has the loss weight 1 / rate,
-        the items are all tokens of a window but the padding, not only the masked ones.
-        """
+        """Count the labels by which a step's loss is divided; tokens in masked diffusion."""
+        # there, a window has the loss weight 1 / rate, and padding does not count
         if batch_samples and "loss_weight" in batch_samples[0]:
             ids = [
                 batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
@@ -498,11 +489,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
 
 class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
-    """Add the parts of the loss to the table that transformers shows in a notebook.
+    """Callback that adds the parts of the loss to the table that transformers shows in a notebook.
 
-    The callback must run after transformers' callback, which writes the row of the step. If the
-    Trainer evaluates, this callback does nothing, because the table then has a row per evaluation
-    with all metrics as columns.
+    The callback runs after transformers' callback, which writes the row of the step. If the Trainer
+    evaluates, the callback does nothing, because the table then contains all metrics.
     """
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
@@ -521,10 +511,9 @@ class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
 
 
 class _SynchroniseOrder(TrainerCallback):  # type: ignore[misc]
-    """Pass the Trainer's epoch to the order of the windows, and record the order in checkpoints.
+    """Callback that passes the epoch to the order of windows, and records the order in checkpoints.
 
-    Accelerate passes the epoch to the sampler, but on several ranks not through the wrapper that
-    skips batches. Without this callback a resumed run would use the order of epoch 0.
+    Accelerate does not pass the epoch to the sampler of a resumed run on several ranks.
     """
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
@@ -562,10 +551,7 @@ _STEP_FILE = "sparselogits.json"
 
 
 def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
-    """Check that a checkpoint was trained with the same number of windows per step.
-
-    The Trainer counts steps, so with another number it would resume elsewhere in the data.
-    """
+    """Check that a checkpoint was trained with the same number of windows per step."""
     before = _read_step_file(checkpoint).get("windows_per_step", windows_per_step)
     if before != windows_per_step:
         raise InvalidArgumentError(
@@ -580,10 +566,6 @@ def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
     """Return the number of windows that the order of a checkpoint covers.
 
     The number is smaller than the cache's if windows were added after the checkpoint was saved.
-
-    Raises:
-        InvalidArgumentError: If the checkpoint belongs to another cache, or if the cache no longer
-            begins with the checkpoint's windows.
     """
     step = _read_step_file(checkpoint)
     if step.get("cache", dataset.identity.fingerprint) != dataset.identity.fingerprint:
@@ -641,11 +623,7 @@ def _require_cache(dataset: Any) -> None:
 
 
 def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
-    """Check that the missing-mass rule is defined for targets mixed from several teachers.
-
-    Raises:
-        InvalidArgumentError: If the rule is the ghost token and a window has several teachers.
-    """
+    """Check that the missing-mass rule is defined for targets mixed from several teachers."""
     if rule == "ghost" and dataset.teachers_per_window > 1:
         raise InvalidArgumentError(
             "missing_mass='ghost' is not defined for a mixture of truncated targets, because an id "

@@ -376,7 +376,7 @@ def test_mistakes_say_what_to_do(windows, teacher):
 
     with pytest.raises(InvalidArgumentError, match="would make unbiased targets biased"):
         Target("a", Systematic(3), "renormalise")
-    with pytest.raises(InvalidArgumentError, match="share in"):
+    with pytest.raises(InvalidArgumentError, match="give the share"):
         Target("a", TopK(3), alpha=1.5)
     with pytest.raises(InvalidArgumentError, match="cannot be thinned"):
         Target("a", TopK(3), rounds=2)

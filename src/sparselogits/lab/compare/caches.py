@@ -7,7 +7,7 @@ budget, only the methods that use the sampler fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +42,7 @@ WINDOWS_PER_SHARD = 64
 """Number of windows per shard in the caches."""
 
 OpenStage = Callable[..., AbstractContextManager[Update]]
-"""Function that shows the progress of a stage within a `with` block, such as `console.stage`."""
+"""Function that shows the progress of a stage in a `with` block, such as `console.stage`."""
 
 
 @contextmanager
@@ -68,13 +68,7 @@ class Draw:
 
     @classmethod
     def of(cls, method: MethodSpec, recipe: CompareRecipe, seed: int) -> Draw:
-        """Return the settings of the cache that a method is trained from.
-
-        Args:
-            method: the method.
-            recipe: the comparison; `vary_draws` determines whether each seed has its own cache.
-            seed: seed of the run.
-        """
+        """Return the settings of the cache from which the run of a method and a seed is trained."""
         if method.sampler is None:
             return cls({"name": LABELS_ONLY.name, **LABELS_ONLY.parameters()})
         random = method.sampler.sampler().is_random
@@ -196,13 +190,8 @@ def prepare(
         Draw.of(method, recipe, seed) for method in recipe.methods for seed in recipe.seeds
     ]
     draws = {draw.key: draw for draw in all_draws}
-    fitted, unfit = _fit_samplers(
-        work,
-        {draw.fit_key: draw for draw in all_draws},
-        teacher,
-        corpus,
-        corruption,
-    )
+    to_fit = {draw.fit_key: draw for draw in all_draws}
+    fitted, unfit = _fit_samplers(work, to_fit, teacher, corpus, corruption)
     failures = {key: unfit[draw.fit_key] for key, draw in draws.items() if draw.fit_key in unfit}
     caches = {key: recipe.out / "caches" / key for key in draws if key not in failures}
     with stage(f"writing {len(caches)} caches", "tokens", per_unit=recipe.window) as update:
@@ -260,18 +249,7 @@ def _fit_samplers(
     corpus: PackedCorpus,
     corruption: Corruption | None,
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """Fit samplers to their budgets, or load those that have been fitted.
-
-    Args:
-        work: finished work of the comparison.
-        draws: settings of the samplers, by `Draw.fit_key`.
-        teacher: teacher to whose logits the samplers are fitted.
-        corpus: corpus from which pilot windows are selected.
-        corruption: corruption of the windows for a masked teacher; None for a causal teacher.
-
-    Returns:
-        The fitted samplers, and the reasons why others could not be fitted, by `Draw.fit_key`.
-    """
+    """Return samplers fitted to their budgets, and the reasons for failures, both by key."""
     samplers: dict[str, Sampler] = {}
     failures: dict[str, str] = {}
     pilot: list[Window] = []
@@ -283,19 +261,12 @@ def _fit_samplers(
                 samplers[key] = from_parameters(parameters).ready()
                 continue
             pilot = pilot or pilot_windows(corpus)
-            samplers[key] = sampler = _fit(draw, teacher, pilot, corruption)
+            open_sampler = from_parameters(draw.parameters).ready()
+            how = {"temperature": 1.0, "reset_attention": False, "corruption": corruption}
+            samplers[key] = sampler = resolve_budget(
+                teacher, pilot, open_sampler, draw.budget, **how
+            )
             work.store("samplers", stored_under, {"name": sampler.name, **sampler.parameters()})
         except SparseLogitsError as error:
             failures[key] = str(error)
     return samplers, failures
-
-
-def _fit(
-    draw: Draw,
-    teacher: TransformersTeacher,
-    pilot: Sequence[Window],
-    corruption: Corruption | None,
-) -> Sampler:
-    sampler = from_parameters(draw.parameters).ready()
-    how = {"temperature": 1.0, "reset_attention": False, "corruption": corruption}
-    return resolve_budget(teacher, pilot, sampler, draw.budget, **how)

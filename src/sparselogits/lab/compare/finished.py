@@ -28,11 +28,7 @@ def fingerprint(inputs: object) -> str:
 
 
 class FinishedWork:
-    """Store and load the finished work of a comparison.
-
-    Args:
-        out: directory of the comparison.
-    """
+    """Finished work of the comparison in the directory `out`."""
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "finished"
@@ -54,24 +50,11 @@ class FinishedWork:
         return None if file in self._known else self._read(file).get("failure")
 
     def store(self, kind: str, key: str, value: Any) -> None:
-        """Store a value.
-
-        Args:
-            kind: kind of the work.
-            key: fingerprint of the inputs that determine the value.
-            value: JSON value.
-        """
+        """Store a JSON value under the fingerprint of the inputs that determine it."""
         write_whole(self._file(kind, key), json.dumps({"value": value}) + "\n")
 
     def fail(self, kind: str, key: str, why: str, **more: str) -> None:
-        """Store the reason why an attempt failed, unless a value exists.
-
-        Args:
-            kind: kind of the work.
-            key: fingerprint of the inputs that determine the value.
-            why: reason for the failure.
-            more: further details, such as a traceback.
-        """
+        """Store why an attempt failed, and details such as a traceback, unless a value exists."""
         if self.value(kind, key) is None:
             content = {"failure": why, **more}
             write_whole(self._file(kind, key), json.dumps(content) + "\n")
@@ -80,13 +63,8 @@ class FinishedWork:
     def claimed(self, kind: str, key: str = "all", *, wait: bool = False) -> Iterator[bool]:
         """Claim work for this process until the `with` block ends or the process dies.
 
-        Args:
-            kind: kind of the work.
-            key: fingerprint of the inputs that determine the work.
-            wait: whether to wait while another process has claimed the work.
-
-        Yields:
-            Whether the claim succeeded. A file system without locks grants every claim.
+        Yield whether the claim succeeded. If another process has claimed the work, it fails, or
+        waits with `wait`. A file system without locks grants every claim.
         """
         with lock_file(self._file(kind, key).with_suffix(".lock"), wait=wait) as lock:
             yield lock.held is not Held.TAKEN

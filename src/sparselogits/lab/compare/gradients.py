@@ -1,16 +1,11 @@
 """Compare the gradients of all methods' targets with those of full distillation.
 
-The measured targets are those of training: drawn by the fitted sampler, thinned to the method's
-rounds, with the missing-mass rule and the share alpha of the labels. CE has the labels as targets.
-All are compared with full distillation without labels. Methods with equal targets, such as fresh
-and frozen noise for the same thinning, share a measurement. Methods without cached targets (except
-CE) are not measured, nor are methods with a thinning schedule, because their targets change.
+The measured targets are those of training, including thinning, the missing-mass rule and the share
+alpha of the labels; CE has the labels as targets. Methods with equal targets share a measurement.
+Not measured are methods without cached targets, except CE, and methods with a thinning schedule.
 
-The measured student is that of the first run that did not fail; runs of CE come first, then those
-of the other methods. While another process is training the student, nothing is measured, because
-that process measures at its end. One process measures at a time; others wait.
-
-Cost: see `lab/gradients/measure.py`; one pass of the teacher over the windows per student.
+While another process is training the student to measure, nothing is measured, because that process
+measures at its end. One process measures at a time; others wait.
 """
 
 from __future__ import annotations
@@ -43,13 +38,11 @@ class PlannedMeasurement:
 
     Args:
         method: method whose targets are measured.
-        student: name of the student.
         on: run whose trained student is measured.
         fingerprint: fingerprint of all inputs that determine the measurement.
     """
 
     method: MethodSpec
-    student: str
     on: Run
     fingerprint: str
 
@@ -57,15 +50,7 @@ class PlannedMeasurement:
 def measure_missing(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], *, device: str, stage: OpenStage
 ) -> None:
-    """Measure the gradients that the recipe requires and that are not stored, and store them.
-
-    Args:
-        recipe: the comparison.
-        setting: result of `caches.prepare`.
-        runs: all runs of the recipe.
-        device: device of the students.
-        stage: function that shows the progress of a stage.
-    """
+    """Measure the gradients that the recipe requires and that are not stored, and store them."""
     if recipe.gradients is None:
         return
     work = setting.work
@@ -89,14 +74,7 @@ def measure_missing(
 def with_gradients(
     rows: Sequence[MethodRow], recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]
 ) -> list[MethodRow]:
-    """Add the stored gradient measurements to the rows of methods.
-
-    Args:
-        rows: rows of the methods.
-        recipe: the comparison.
-        setting: result of `caches.prepare`.
-        runs: all runs of the recipe.
-    """
+    """Add the stored gradient measurements to the rows of methods."""
     if recipe.gradients is None:
         return list(rows)
     measurements = {
@@ -138,15 +116,12 @@ def _planned_measurements(
             **recipe.gradients.model_dump(mode="json"),
             "seed": recipe.draw_seed,
         }
-        found.append(PlannedMeasurement(method, student, on, fingerprint(inputs)))
+        found.append(PlannedMeasurement(method, on, fingerprint(inputs)))
     return found
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """Return the run whose student is measured; None if it is not finished or all runs failed.
-
-    It is the first run that did not fail; runs of CE come first, then those of all methods.
-    """
+    """Return the run to measure, the first that did not fail (CE first); None if unfinished."""
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
     of_all = [r for m in recipe.methods for r in runs if r.planned.method.title == m.title]
     for run in (*of_ce, *of_all):
@@ -180,16 +155,7 @@ def _measure(
     device: str,
     stage: OpenStage,
 ) -> None:
-    """Measure the gradients of targets for one student, and store them.
-
-    Args:
-        missing: measurements of one student.
-        recipe: the comparison.
-        wanted: settings of the measurements.
-        setting: result of `caches.prepare`.
-        device: device of the student.
-        stage: function that shows the progress of a stage.
-    """
+    """Measure the gradients of targets for one student, and store them."""
     samplers: dict[str, Sampler] = {}  # targets of the same sampler object share their draws
     targets, on = [], None
     for each in missing:
@@ -228,14 +194,7 @@ def _target(
     setting: Setting,
     samplers: dict[str, Sampler],
 ) -> Target:
-    """Return a method's target, named after the fingerprint of the measurement.
-
-    Args:
-        measurement: the measurement.
-        recipe: the comparison.
-        setting: result of `caches.prepare`.
-        samplers: samplers loaded so far, by key of the cache; newly loaded ones are added.
-    """
+    """Return the target to measure; add its sampler to `samplers`, by key of the cache."""
     method = measurement.method
     if method.sampler is None:
         return Target(measurement.fingerprint, None)
@@ -255,17 +214,9 @@ def _target(
 def _gradient(
     measurement: PlannedMeasurement, measured: Sequence[dict[str, Any]], out: Path
 ) -> Gradient:
-    """Convert a stored measurement to a `Gradient`, the form used in results.
-
-    Args:
-        measurement: the measurement.
-        measured: results of `GradientFidelity.to_json`, one per space and batch size.
-        out: directory of the comparison.
-    """
-    found = [GradientFidelity.from_json(each) for each in measured]
-    rows = sorted(
-        (row for row in found if row.space == "parameters"), key=lambda row: row.batch_tokens
-    )
+    """Convert stored `GradientFidelity` values to a `Gradient`, the form used in results."""
+    found = [GradientFidelity.from_json(each) for each in measured if each["space"] == "parameters"]
+    rows = sorted(found, key=lambda row: row.batch_tokens)
     on = measurement.on.planned
     assert on.folder is not None  # a finished run has a folder
     return Gradient(

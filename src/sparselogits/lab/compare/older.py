@@ -20,12 +20,7 @@ from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 
 
 def convert_older_work(out: Path, work: FinishedWork) -> None:
-    """Store the values that an earlier version computed, unless they are already stored.
-
-    Args:
-        out: directory of the comparison.
-        work: finished work of the comparison.
-    """
+    """Store the values that an earlier version computed, unless they are already stored."""
     for kind, key, value in _older(out):
         if work.value(kind, key) is None:
             work.store(kind, key, value)

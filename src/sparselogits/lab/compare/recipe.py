@@ -237,10 +237,6 @@ AnyStudent = Annotated[
 ]
 
 
-def _one_new_student() -> dict[str, Student | FromTeacher]:
-    return {"student": Student()}
-
-
 class TaskNames(_Strict):
     """Zero-shot tasks on which the students and the teacher are scored."""
 
@@ -339,7 +335,7 @@ class CompareRecipe(_Strict):
         f"{MASK_SPAN:g} when absent",
     )
     students: dict[str, AnyStudent] = Field(
-        default_factory=_one_new_student,
+        {"student": Student()},
         description="students by name: as in a training recipe, or made from the teacher",
     )
     training: Training = Field(
@@ -420,11 +416,7 @@ def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecip
 
 
 def expanded(method: Any) -> list[Any]:
-    """Replace the lists in a method by single values, and return one method per combination.
-
-    Args:
-        method: name or mapping, as in a recipe.
-    """
+    """Expand a method of a recipe whose values are lists into one method per combination."""
     if isinstance(method, str):
         return [{"method": method}]
     if not isinstance(method, dict):
@@ -455,13 +447,7 @@ def slug(text: str) -> str:
 
 
 def _require_sampler(spec: MethodSpec, choice: SamplerChoice) -> None:
-    """Check that a method's sampler fits its budget, missing-mass rule and thinning.
-
-    Raises:
-        InvalidArgumentError: If both the budget and the parameter that it sets are given, or
-            neither of them although the sampler needs one; if the budget would have no effect; or
-            if the rule or the thinning cannot be applied to the sampler's targets.
-    """
+    """Check that a method's sampler fits its budget, missing-mass rule and thinning."""
     kind, sampler = choice.kind, choice.sampler()
     sampler.left_open(spec.budget)
     size = kind.budget_parameter

@@ -204,14 +204,12 @@ def _train_and_measure(
     training = recipe.training
     windows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     tokens = result.steps * windows_per_step * recipe.window
+    calibration = found.calibration.to_json()
     return Outcome(
         fingerprint=planned.fingerprint,
         figures=metrics_by_name(found),
         sums={name: found.sums(name).tolist() for name in METRICS},
-        reliability={
-            "equal_width": found.calibration.to_json()["equal_width"]["bins"],
-            "equal_mass": found.calibration.to_json()["equal_mass"]["bins"],
-        },
+        reliability={name: calibration[name]["bins"] for name in ("equal_width", "equal_mass")},
         drafting=drafting,
         curve=result.label_curve,
         entries=_entries(planned, recipe, setting, result),

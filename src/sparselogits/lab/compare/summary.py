@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparselogits.evaluate import METRICS, Estimate, SeedEstimate, over_seeds, statistic_of
-from sparselogits.evaluate.intervals import Statistic, ratio
+from sparselogits.evaluate.intervals import difference_of, ratio
 from sparselogits.lab.compare.caches import Draw, Setting
 from sparselogits.lab.compare.recipe import UNTRAINED, CompareRecipe, MethodSpec
 from sparselogits.lab.compare.results import (
@@ -146,16 +147,8 @@ def _run_row(
 ) -> RunRow:
     title, student, seed = run.key
     if run.outcome is None:
-        status = "not run" if run.failure is None else "failed"
-        return RunRow.model_validate(
-            {
-                "method": title,
-                "student": student,
-                "seed": seed,
-                "status": status,
-                "message": run.failure,
-            }
-        )
+        status: Literal["not run", "failed"] = "not run" if run.failure is None else "failed"
+        return RunRow(method=title, student=student, seed=seed, status=status, message=run.failure)
     outcome, folder = run.outcome, run.planned.folder
     ce, full = (
         losses.get((name, student, seed)) if name else None
@@ -262,15 +255,10 @@ def metrics_of(
         found = [(sums[title, student, seed], *(other(seed) for other in others)) for seed in seeds]
         return [tuple(x for x in all_of if x is not None) for all_of in found if None not in all_of]
 
-    def ce(seed: int) -> WindowSums | None:
-        return of(references.ce, seed)
-
-    def full(seed: int) -> WindowSums | None:
-        return of(references.full, seed)
-
     def untrained(seed: int) -> WindowSums | None:
         return of(references.untrained, seed) or of(references.untrained, first_seed)
 
+    ce, full = partial(of, references.ce), partial(of, references.full)
     without_others, with_ce = aligned(), aligned(ce)
     metrics, minus_ce = {}, {}
     for name in METRICS:
@@ -279,8 +267,9 @@ def metrics_of(
                 over_seeds(_units(name, without_others), statistic_of(name), resamples=resamples)
             )
         if with_ce and title != references.ce and name in PAIRED:
+            difference = difference_of(statistic_of(name))
             minus_ce[name] = metric_estimate(
-                over_seeds(_units(name, with_ce), _difference(name), resamples=resamples)
+                over_seeds(_units(name, with_ce), difference, resamples=resamples)
             )
     return {
         "figures": metrics,
@@ -300,35 +289,18 @@ def _units(name: str, by_seed: Sequence[tuple[WindowSums, ...]]) -> Tensor:
     )
 
 
-def _difference(name: str) -> Statistic:
-    """Return the function that computes the difference of a metric between two models."""
-    statistic = statistic_of(name)
-
-    def difference(sums: Tensor) -> Tensor:
-        one, other = sums.chunk(2, 1)
-        return statistic(one) - statistic(other)
-
-    return difference
-
-
 def _closed_share(
     name: str, by_seed: Sequence[tuple[WindowSums, ...]], resamples: int
 ) -> MetricEstimate | None:
     """Compute the percentage of the gap between two models that a method closes.
 
-    The percentage is a ratio of means over seeds, because a mean of ratios would be dominated by a
-    seed with a small gap.
-
-    Args:
-        name: name of the metric.
-        by_seed: sums of the method, of the model at 0 %, and of the model at 100 %, per seed.
-        resamples: number of bootstrap resamples of the windows.
-
-    Returns:
-        The percentage; None if the gap is not distinguishable from zero.
+    `by_seed` has the sums of the method, of the model at 0 %, and of that at 100 %. The result is
+    None if the gap is not distinguishable from zero.
     """
     if not by_seed:
         return None
+
+    # a ratio of means over seeds, because a seed with a small gap would dominate a mean of ratios
 
     def closed(sums: Tensor) -> Tensor:
         method, before, _ = (ratio(part) for part in sums.chunk(3, 1))
@@ -351,12 +323,8 @@ def metric_estimate(found: SeedEstimate) -> MetricEstimate:
     def ends(estimate: Estimate) -> Ends:
         return Ends(low=estimate.low, high=estimate.high)
 
-    return MetricEstimate(
-        mean=found.mean,
-        windows=ends(found.windows),
-        seeds=ends(found.seeds),
-        both=ends(found.both),
-    )
+    windows, seeds, both = map(ends, (found.windows, found.seeds, found.both))
+    return MetricEstimate(mean=found.mean, windows=windows, seeds=seeds, both=both)
 
 
 def _pooled(diagrams: Sequence[Sequence[Mapping[str, Any]]]) -> list[ReliabilityBin]:

@@ -82,18 +82,14 @@ class TaskSetting:
 
     def missing(self, model: str) -> list[str]:
         """Return the names of the tasks for which a model (see `key`) has no stored scores."""
-        return [
-            name for name in self.digests if self.work.value("tasks", self.key(name, model)) is None
-        ]
+        value = self.work.value
+        return [name for name in self.digests if value("tasks", self.key(name, model)) is None]
 
     def scores(self, model: str) -> dict[str, TaskScore]:
         """Load the scores of a model (see `key`), by TASK/METRIC."""
         stored = [self.work.value("tasks", self.key(name, model)) or [] for name in self.digests]
-        found = [
-            TaskScore(**{**score, "values": tuple(score["values"])})
-            for scores in stored
-            for score in scores
-        ]
+        flat = [score for scores in stored for score in scores]
+        found = [TaskScore(**(score | {"values": tuple(score["values"])})) for score in flat]
         return {score.name: score for score in found}
 
     def summary(self, model: str) -> dict[str, Any]:
@@ -114,11 +110,6 @@ def prepare_tasks(
     """Write or download the data of the tasks, and score the teacher where scores are missing.
 
     A task whose data cannot be written or downloaded is recorded as failed; the next call retries.
-
-    Args:
-        recipe: the comparison.
-        setting: result of `caches.prepare`.
-        stage: function that shows the progress of a stage.
 
     Returns:
         The tasks; None if the recipe has none.
@@ -154,15 +145,9 @@ def prepare_tasks(
         )
     identity = setting.teacher.identity
     tasks = TaskSetting(
-        recipe.tasks.names,
-        digests,
-        failed,
-        folder,
-        recipe.tasks.limit,
-        tokenizer,
-        setting.corpus.packing.first_id,
-        setting.work,
-        f"{identity['weights']} {identity['dtype']}",
+        *(recipe.tasks.names, digests, failed, folder, recipe.tasks.limit, tokenizer),
+        *(setting.corpus.packing.first_id, setting.work),
+        teacher=f"{identity['weights']} {identity['dtype']}",
     )
     if tasks.missing(tasks.teacher):
         with stage("tasks, teacher", "sequences") as update:
@@ -200,16 +185,7 @@ def measure_missing_tasks(
     device: str = "cpu",
     stage: OpenStage,
 ) -> None:
-    """Score the students of all finished runs that lack scores.
-
-    Students that another process is scoring are skipped.
-
-    Args:
-        planned: all runs.
-        tasks: the tasks; None if the recipe has none.
-        device: device of the students.
-        stage: function that shows the progress of a stage.
-    """
+    """Score the students of finished runs that lack scores and that no other process is scoring."""
     if tasks is None:
         return
     work = tasks.work
@@ -232,14 +208,7 @@ def measure_missing_tasks(
 def with_tasks(
     results: Results, planned: Sequence[Planned], tasks: TaskSetting | None, resamples: int
 ) -> Results:
-    """Add the scores of tasks to results.
-
-    Args:
-        results: results without scores.
-        planned: all runs.
-        tasks: the tasks; None if the recipe has none.
-        resamples: number of resamples per bootstrap.
-    """
+    """Add the scores of tasks to results; `tasks` is None if the recipe has none."""
     if tasks is None:
         return results
     keys = {(run.method.title, run.student, run.seed): run.fingerprint for run in planned}
@@ -264,11 +233,7 @@ def with_tasks(
 
 
 def column_of(name: str) -> tuple[str, float, int]:
-    """Return the heading, scale factor and number of digits for a column of scores.
-
-    Args:
-        name: name of the score, as TASK/METRIC.
-    """
+    """Return the heading, scale factor and number of digits of the score named TASK/METRIC."""
     task, _, metric = name.partition("/")
     if is_perplexity(metric):
         return f"{task} {metric}", 1, 1
@@ -291,14 +256,7 @@ def task_estimates(
 def _score(
     model: nn.Module, of: str, tasks: TaskSetting, progress: TaskProgress | None = None
 ) -> None:
-    """Score a model on the tasks without stored scores, and store the scores.
-
-    Args:
-        model: the model.
-        of: fingerprint of the student's run, or `TaskSetting.teacher`.
-        tasks: the tasks.
-        progress: function that is called after every batch.
-    """
+    """Score a model on the tasks without stored scores, and store the scores of model `of`."""
     names = tasks.missing(of)
     local = [name for name in names if name in LOCAL_TASKS]
     # tasks of lm-eval are run one by one, because a name may be a group, and one may fail

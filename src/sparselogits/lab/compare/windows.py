@@ -109,9 +109,8 @@ def differences(results: Results, sums: Mapping[RunKey, WindowSums]) -> list[str
     recipe = results.settings["recipe"]
     found = []
     for row in results.methods:
-        references = References.of_rows(
-            [each for each in results.methods if each.student == row.student]
-        )
+        of_student = [each for each in results.methods if each.student == row.student]
+        references = References.of_rows(of_student)
         recomputed = metrics_of(
             (row.method, row.student),
             sums,

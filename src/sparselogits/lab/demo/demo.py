@@ -1,14 +1,12 @@
 """Prune a teacher, train the pruned student by each method, and show the results.
 
-The demo is a comparison (`sparselogits.lab.compare`) with a page and a student to chat with:
+The demo is a comparison (lab/compare/comparison.py lists its files), to which these are added:
 
     OUT/
       language-reference.jsonl  text of the demo
       recipe.yaml               recipe of the comparison, which can be edited for `compare`
-      results.json, corpus/, caches/, students/, runs/   see lab/compare/comparison.py
       student/                  student trained from the cache of systematic rounds
-      demo.json                 results, and samples of generated text
-      demo.html                 page of the demo
+      demo.json, demo.html      results and samples of generated text, and the page
       window-0.html             page that shows the first window of the cache
 
 An interrupted demo is resumed by the same command; finished work is not repeated.
@@ -51,7 +49,7 @@ from sparselogits.lab.report import (
     Walkthrough,
     WindowViewer,
     view_page,
-    write_walkthrough,
+    walkthrough_page,
 )
 from sparselogits.lab.report.charts import can_draw
 from sparselogits.teacher import TransformersTeacher, load_teacher
@@ -133,7 +131,7 @@ class DemoResult:
         return found
 
     def remark(self) -> str:
-        """Return a summary of the results and of their limits."""
+        """Return sentences about the results and their limits."""
         return f"{headline(self.results)} {caution(self.results)}"
 
     @property
@@ -189,13 +187,7 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
 
 
 def demo_recipe(out: Path, text: DemoText, scale: Scale) -> CompareRecipe:
-    """Create the recipe of the demo, and write it to OUT/recipe.yaml.
-
-    Args:
-        out: folder of all output.
-        text: text of the demo.
-        scale: amount of text and size of the student.
-    """
+    """Create the recipe of the demo, and write it to OUT/recipe.yaml."""
     dtype = demo_dtype()
     values = {
         "title": "the demo",
@@ -225,11 +217,7 @@ def demo_recipe(out: Path, text: DemoText, scale: Scale) -> CompareRecipe:
 
 
 def talk_command(student: Path) -> str:
-    """Return a shell command that asks a student a question and prints the answer.
-
-    Args:
-        student: folder of the student.
-    """
+    """Return a shell command that asks a student a question and prints the answer."""
     found = shutil.which("python")
     same = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
     code = (
@@ -282,17 +270,13 @@ def _write_page(
     teacher: TransformersTeacher,
     tokenizer: Any,
 ) -> None:
-    """Write the demo's page, and the page that shows the cache's first window."""
+    """Write the page of the demo, and the page of the cache's first window."""
     results, out = result.results, recipe.out
     method = next(each for each in recipe.methods if each.title == HEALED)
     cache = out / "caches" / Draw.of(method, recipe, SEED).key
     dataset = CacheDataset(cache)
-    viewer = WindowViewer(
-        dataset,
-        tokenizer=tokenizer,
-        teacher=teacher,
-        student=load_language_model(str(result.student), dtype=demo_dtype()),
-    )
+    student = load_language_model(str(result.student), dtype=demo_dtype())
+    viewer = WindowViewer(dataset, tokenizer=tokenizer, teacher=teacher, student=student)
     page = view_page(viewer.view(0), rounds=dataset.identity.sampler.get("rounds"))
     write_whole(out / WINDOW_PAGE, page)
     found = Walkthrough(
@@ -311,7 +295,7 @@ def _write_page(
         next_steps=_next_steps(result, cache),
         conditions=_conditions(results, text, teacher),
     )
-    write_walkthrough(found, result.report)
+    write_whole(result.report, walkthrough_page(found))
 
 
 def _next_steps(result: DemoResult, cache: Path) -> list[tuple[str, str]]:
@@ -346,7 +330,7 @@ def _conditions(
     before = results.settings["teacher"]["parameters"]
     after = results.settings["student_parameters"]["pruned"]
     student = recipe["students"]["pruned"]
-    training, machine = recipe["training"], results.provenance
+    training, machine, made = recipe["training"], results.provenance, teacher.identity
     rounds = {
         row.method: row.sampler["rounds"]
         for row in results.methods
@@ -356,11 +340,7 @@ def _conditions(
         ("text", text.description),
         ("training tokens", f"{corpus['training_tokens']:,}, one pass"),
         ("held-out tokens", f"{corpus['heldout_windows'] * recipe['window']:,}"),
-        (
-            "teacher",
-            f"SmolLM2-135M-Instruct, {teacher.identity['quantization']}, "
-            f"{teacher.identity['dtype']}",
-        ),
+        ("teacher", f"SmolLM2-135M-Instruct, {made['quantization']}, {made['dtype']}"),
         (
             "student",
             f"the teacher's {student['layers']} most influential blocks"

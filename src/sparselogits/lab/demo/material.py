@@ -33,16 +33,12 @@ class DemoText:
 
 
 def demo_text(out: Path, characters: int) -> DemoText:
-    """Write pages of CPython's language reference.
-
-    Args:
-        out: folder of the file.
-        characters: minimum length of the text in characters; pages are not shortened.
-    """
+    """Write at least `characters` characters of CPython's language reference, in whole pages."""
     from pydoc_data.topics import topics
 
     lines, written = [], 0
-    for name, text in sorted(topics.items(), key=lambda item: _shuffled(item[0])):
+    pages = sorted(topics.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    for name, text in pages:  # shuffled by their hashes
         if written >= characters:
             break
         lines.append(json.dumps({"text": text, "topic": name}, ensure_ascii=False))
@@ -56,10 +52,6 @@ def demo_text(out: Path, characters: int) -> DemoText:
         f"reference (pydoc_data.topics), sha256 {digest}"
     )
     return DemoText(path, said)
-
-
-def _shuffled(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
 
 
 def demo_dtype() -> str:

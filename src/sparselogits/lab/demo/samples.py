@@ -14,7 +14,7 @@ from sparselogits.corpus import PackedCorpus
 from sparselogits.lab.report import Continuation
 
 QUESTIONS = ("What is a list in Python?", "Why does the sky look blue?")
-"""Questions to models with a chat template."""
+"""Questions asked if the tokenizer has a chat template."""
 PROMPT_TOKENS, WRITTEN_TOKENS = 32, 40
 """Number of prompt tokens taken from a held-out page, and largest number of generated tokens."""
 TEMPERATURE = 0.7
@@ -65,14 +65,7 @@ def prompts_of(corpus: PackedCorpus, tokenizer: Any) -> list[Prompt]:
 def continuations(
     models: Mapping[str, nn.Module], tokenizer: Any, prompts: Sequence[Prompt], seed: int
 ) -> list[Continuation]:
-    """Generate the continuations of prompts by all models.
-
-    Args:
-        models: transformers causal language models by name.
-        tokenizer: transformers tokenizer of all models.
-        prompts: texts to continue.
-        seed: random seed for sampling, which is set for each model and prompt.
-    """
+    """Generate the continuation of each prompt by each model, with the same random seed."""
     found = []
     for prompt in prompts:
         texts = {}

@@ -52,7 +52,9 @@ class Target:
         biased = self.sampler is None or not self.sampler.unbiased
         require_rule_for(self.missing_mass, unbiased=not biased)
         if not 0 <= self.alpha <= 1:
-            raise InvalidArgumentError(f"alpha must be a share in [0, 1], found {self.alpha}")
+            raise InvalidArgumentError(
+                f"alpha is {self.alpha}; give the share of the labels in the loss, in [0, 1]"
+            )
         if self.rounds is not None:
             drawn = None if self.sampler is None else self.sampler.rounds
             Schedule.constant(self.rounds).require_within(drawn)
@@ -83,7 +85,9 @@ def standard_targets(
     targets = []
     for k in top_k:
         sampler = TopK(k)
-        targets += [Target(_top_k_name(k, rule), sampler, rule) for rule in missing_mass]
+        for rule in missing_mass:
+            suffix = "" if rule == "drop" else f", {rule.replace('_', ' ')}"
+            targets.append(Target(f"Top-{k}{suffix}", sampler, rule))
     targets += [
         Target(sampler.title, fit_budget(sampler, pilot, budget))
         for sampler in (Multinomial(), Systematic(), Threshold(), Uniform())
@@ -91,7 +95,3 @@ def standard_targets(
     if adaptive is not None:
         targets.append(Target(adaptive.title, adaptive))
     return [*targets, Target("label (CE)", None)]
-
-
-def _top_k_name(k: int, rule: MissingMass) -> str:
-    return f"Top-{k}" if rule == "drop" else f"Top-{k}, {rule.replace('_', ' ')}"

@@ -1,34 +1,21 @@
 """Measure how far the gradient of a target is from the gradient of full distillation.
 
-On each batch of windows the gradients of full distillation (target p) and of each target are
-computed for the same student; a random target is drawn several times. Angle, norm ratio, bias and
-variance (`moments.py`) are computed in five spaces:
+On each batch of windows, the gradients of full distillation and of each target are computed for the
+same student; a random target is drawn several times. Angle, norm ratio, bias and variance
+(`moments.py`) are computed in five spaces, with logits z and the head's weight U:
 
-    logits         dL/dz of all positions, concatenated. Nothing is averaged over tokens, so the
-                   metrics do not depend on the batch size.
-    hidden         dL/dz U of all positions, concatenated, with the head's weight U: the gradient
-                   that the trunk receives.
-    summed logits  dL/dz summed over the batch: the gradient with respect to a bias of the head,
-                   whether or not the student has one.
-    summed hidden  dL/dz U summed over the batch: the gradient with respect to a vector that is
-                   added to all inputs of the head.
-    parameters     the gradient with respect to all parameters of the student, summed over the
-                   batch: what an optimiser receives, as in the table of the RS-KD paper
-                   (arXiv 2503.16870).
+    logits         dL/dz of all positions, concatenated; independent of the batch size
+    hidden         dL/dz U of all positions, concatenated: the gradient that the trunk receives
+    summed logits  dL/dz summed over the batch: the gradient of a bias of the head
+    summed hidden  dL/dz U summed over the batch: the gradient of a vector added to the head's input
+    parameters     the gradient of all parameters, summed over the batch, for an optimiser
 
-In the last three spaces the noise of unbiased targets averages out in large batches, but the bias
-does not. Sums and means over the positions of a batch have the same angle and relative metrics. The
-student is in eval mode and at temperature one. Positions without a label are skipped, as in
-training.
+In the last three spaces the noise of unbiased targets averages out in large batches. The student is
+in eval mode and at temperature one. Each metric is averaged over draws and then over batches of
+consecutive windows, with Student's t interval over batches.
 
-Each metric is averaged over draws and then over batches of consecutive windows. Its interval is
-Student's t over batches, which are assumed to be independent.
-
-Cost: one pass of the teacher and one of the student's trunk per window; per target and draw one
-pass of the sampler, one of the loss, two products with the head's weight and one backward pass of
-the trunk. Memory: a few tensors as large as the logits of one slice of positions; per target and
-draw one tensor as large as the head's weight, and one vector of all parameters for each batch size
-of more than one window.
+Cost per window: one pass of the teacher and of the student's trunk; per target and draw, one pass
+of the sampler and the loss, one backward pass of the trunk, and the memory of the head's weight.
 """
 
 from __future__ import annotations
@@ -62,7 +49,7 @@ class GradientFidelity:
         student: name of the student.
         target: name of the target.
         entries: mean entries per position.
-        space: name of a space, see the module's docstring.
+        space: name of a space, see the docstring of `measure.py`.
         batch_tokens: number of tokens per batch.
         draws: number of draws of the target per batch.
         angle: angle to full distillation's gradient, in degrees.
@@ -177,7 +164,8 @@ def measure_gradients(
                 continue
             drawer = _Drawer(item["input_ids"], labels, part, logits, index, seed)
             drawn = [drawer.draws(t, n) for t, n in zip(targets, draw_counts, strict=True)]
-            entries += torch.tensor([_mean_entries(each) for each in drawn], dtype=torch.float64)
+            counts = [[int((draw.weights > 0).sum()) for draw in draws] for draws in drawn]
+            entries += torch.tensor([sum(n) / len(n) for n in counts], dtype=torch.float64)
             positions += int(counted.sum())
             for learner in learners.values():
                 learner.add_slice(part, counted, logits, drawn, labels)
@@ -192,31 +180,16 @@ def measure_gradients(
         for size, batches in zip(sizes, learner.batches, strict=True):
             for (space, index), found in batches.found.items():
                 reference = None if against is None else batches.found[space, names.index(against)]
-                rows.append(
-                    _fidelity(
-                        student,
-                        targets[index],
-                        per_position[index],
-                        space,
-                        size * length,
-                        found,
-                        reference,
-                    )
-                )
+                of = (student, targets[index], per_position[index], space, size * length)
+                rows.append(_fidelity(*of, found, reference))
     return rows
 
 
 class _Drawer:
-    """Draw the targets at one slice of positions; targets with equal samplers share draws."""
+    """Draws of targets at one slice of positions; targets with equal samplers share draws."""
 
     def __init__(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        part: slice,
-        logits: Tensor,
-        window: int,
-        seed: int,
+        self, tokens: Tensor, labels: Tensor, part: slice, logits: Tensor, window: int, seed: int
     ) -> None:
         self.tokens, self.labels, self.part = tokens, labels, part
         self.logits, self.window, self.seed = logits, window, seed
@@ -251,11 +224,6 @@ class _Drawer:
         return Drawn(ids[counted], weights[counted])
 
 
-def _mean_entries(draws: Sequence[Drawn]) -> float:
-    """Return the number of entries in a slice of positions, averaged over draws."""
-    return sum(int((draw.weights > 0).sum()) for draw in draws) / len(draws)
-
-
 def _fidelity(
     student: str,
     target: Target,
@@ -265,17 +233,7 @@ def _fidelity(
     found: Sequence[Moments],
     reference: Sequence[Moments] | None,
 ) -> GradientFidelity:
-    """Compute the metrics of a target's gradient.
-
-    Args:
-        student: name of the student.
-        target: the target.
-        entries: mean entries per position.
-        space: name of the space.
-        batch_tokens: number of tokens per batch.
-        found: moments of each batch.
-        reference: moments of the reference target in the same batches, or None.
-    """
+    """Compute the metrics of a target's gradient from the moments of each batch."""
     angles = [float(m.angles().mean()) for m in found]
     relative = None
     others = [float(m.angles().mean()) for m in reference or ()]

@@ -1,19 +1,16 @@
 """Compute metrics of a target's gradients from inner products with full distillation's gradient.
 
-Let g be the gradient of full distillation on some text, and g_1 ... g_R the gradients of R draws of
-a target on the same text, for the same student. All metrics follow from four kinds of inner
-products: |g|^2, <g, g_r>, |g_r|^2 and |g_1 + ... + g_R|^2. If the gradients of positions are
-concatenated, as in logit and hidden space, inner products add up over positions. With
-e_r = g_r - g:
+Let g be the gradient of full distillation on some text, g_1 ... g_R the gradients of R draws of a
+target, and e_r = g_r - g. All metrics follow from inner products, which add up over positions if
+the gradients of positions are concatenated:
 
     angle         arccos <g, g_r> / (|g| |g_r|)
     norm ratio    |g_r| / |g|
     squared bias  the mean of <e_r, e_q> over pairs r != q, divided by |g|^2
     variance      (sum |e_r|^2 - |sum e_r|^2 / R) / (R - 1), divided by |g|^2
 
-The mean over pairs of different draws has expectation |E e|^2, without the noise that
-|mean of e_r|^2 contains at finite R; the mean can be negative if the bias is zero. A target that is
-not random needs one draw: its squared bias is |e|^2 and its variance 0.
+The mean over pairs of different draws has expectation |E e|^2; it can be negative if the bias is
+zero. A target that is not random needs one draw: its squared bias is |e|^2 and its variance 0.
 """
 
 from __future__ import annotations
@@ -24,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK = 2**16  # values that are converted to float64 at a time, which fit in the processor's cache
+_BLOCK = 2**16
+"""Number of values converted to float64 at a time, so that they fit in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,7 @@ class Moments:
 
     @staticmethod
     def of(full: Tensor, estimates: Iterable[Tensor]) -> Moments:
-        """Compute the inner products of gradients, in float64.
-
-        Args:
-            full: full distillation's gradient g.
-            estimates: the target's gradients g_1 ... g_R of the same shape, R at least 1; a
-                generator saves memory.
-        """
+        """Compute the inner products of g and g_1 ... g_R, tensors of one shape, in float64."""
         dots, squares, total = [], [], None
         for estimate in estimates:
             dots.append(_dot(full, estimate))

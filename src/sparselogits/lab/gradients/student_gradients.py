@@ -1,7 +1,7 @@
 """Compute the gradients of full distillation and of all targets for one student.
 
 The gradient of a target with respect to the logits is computed by autograd from the library's loss.
-The docstring of `measure.py` describes the five spaces of gradients, and the cost.
+The docstring of `measure.py` describes the five spaces of gradients.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Drawn(NamedTuple):
 
 
 class StudentGradients:
-    """Compute a student's gradients window by window, and add them up over batches.
+    """Gradients of a student, computed window by window and added up over batches.
 
-    `begin`, `add_slice` for each slice of positions, and `end` are called for each window.
+    For each window, call `begin`, then `add_slice` for each slice of positions, then `end`.
 
     Args:
         model: the student.
@@ -77,11 +77,7 @@ class StudentGradients:
         self.batches = [Batches(size) for size in sizes]
 
     def begin(self, item: Mapping[str, Any]) -> None:
-        """Run the trunk over a window.
-
-        Args:
-            item: window of a `TextDataset`.
-        """
+        """Run the trunk over a window of a `TextDataset`."""
         device = self.parts.head.weight.device
         tokens = item["input_ids"].to(device)[None]
         positions = item.get("position_ids")
@@ -130,9 +126,6 @@ class StudentGradients:
             teacher_logits: the teacher's logits at these positions, [S, V].
             drawn: draws of each target at the positions with a label.
             labels: true next token at each position, int64 [S].
-
-        Raises:
-            InvalidArgumentError: If the student has fewer ids than the teacher.
         """
         device, dtype = self.weight.device, self.weight.dtype
         rows = torch.arange(part.start, part.stop)[counted].to(device)
@@ -183,12 +176,7 @@ class StudentGradients:
         del self.states, self.full, self.of_targets
 
     def _add_sums(self, target: int | None, drawn: Sequence[WindowGradient]) -> None:
-        """Add a target's gradients, one per draw, in the spaces that are summed over positions.
-
-        Args:
-            target: index of the target; None for full distillation.
-            drawn: gradient of each draw.
-        """
+        """Add the gradients of draws in the summed spaces; `target` None is full distillation."""
         sums: dict[Space, list[Tensor]] = {
             "summed logits": [w.logits for w in drawn],
             "summed hidden": [w.hidden.sum(0) for w in drawn],
@@ -200,12 +188,9 @@ class StudentGradients:
 
     def _all_parameters(self, window: WindowGradient) -> Tensor:
         """Compute the gradient with respect to all trunk and head parameters, concatenated."""
+        hidden = window.hidden.to(self.states.dtype)
         gradients = torch.autograd.grad(
-            self.states,
-            self.leaves,
-            window.hidden.to(self.states.dtype),
-            retain_graph=True,
-            allow_unused=True,
+            self.states, self.leaves, hidden, retain_graph=True, allow_unused=True
         )
         pieces = []
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
@@ -242,9 +227,9 @@ class WindowGradient:
 
 @dataclass
 class Batches:
-    """Add up gradients over batches of consecutive windows, and compute the moments of each batch.
+    """Sums of gradients over batches of consecutive windows, and the moments of each batch.
 
-    For each window, add full distillation's gradient (target None) before those of the targets.
+    In each window, full distillation's gradient (target None) is added before those of the targets.
 
     Args:
         size: number of windows per batch.
@@ -259,13 +244,7 @@ class Batches:
     _full: dict[Space, Tensor] = field(default_factory=dict)
 
     def add(self, space: Space, target: int | None, vectors: list[Tensor]) -> None:
-        """Add the gradients of a window in a space that is summed over positions.
-
-        Args:
-            space: name of the space.
-            target: index of the target; None for full distillation.
-            vectors: gradient of each draw.
-        """
+        """Add a window's gradients, one per draw, in a space that is summed over positions."""
         last = self._done == self.size - 1
         sums = self._sums.pop((space, target), None)
         if sums is None:

@@ -12,7 +12,7 @@ from sparselogits.lab.planning.memory import (
     shape_of,
     training_memory,
 )
-from sparselogits.lab.planning.sizes import ModelSize, parameters_of, quantity, size_of
+from sparselogits.lab.planning.sizes import ModelSize, quantity, size_of
 
 __all__ = [
     "DEVICES",
@@ -27,7 +27,6 @@ __all__ = [
     "device_kind",
     "fewest_devices",
     "largest_batch",
-    "parameters_of",
     "pass_memory",
     "plan",
     "quantity",

@@ -18,7 +18,7 @@ FORWARD, TRAINING = 2, 6
 UTILISATION = 0.4
 """Default share of a device's peak rate that a model reaches.
 
-An assumption, not measured here: Llama 3 405B reports 38 to 43 % (arXiv 2407.21783, table 4).
+An assumption: Llama 3 405B reports 38 to 43 % (arXiv 2407.21783, table 4).
 """
 BUILD_OVERHEAD = 0.046
 """Extra time of a build, relative to the teacher's passes (benchmarks/cache_build.json)."""
@@ -29,29 +29,23 @@ TEXT_BYTES = 1.49
 MEASURED_BITS = ((49_152, 9.683), (128_256, 12.19))
 """Pairs of vocabulary size and bits per entry, for 21 systematic rounds (benchmarks/size.json).
 
-The second pair was measured on synthetic targets in a shard of four windows, so interpolation
-overestimates the bits.
+The second was measured on a shard of four synthetic windows, so interpolation overestimates.
 """
 ROW_GROUP = 8
 """Number of windows per row group, the smallest unit that is fetched (docs/format.md)."""
 TOKENISED_PER_SECOND = 602_000.0
 """Tokens that one core tokenises and packs per second (benchmarks/packing.json).
 
-Measured on text files with SmolLM2's tokenizer; slow pre-tokenizers and compressed sources take
-several times as long.
+Measured with SmolLM2's tokenizer; slow tokenizers and compressed text take several times as long.
 """
 LIST_PAGE = 1000
 """Number of names per page when listing an object store; the limit of S3."""
 COLD_REQUESTS = 3
-"""Requests (one HEAD, two GET) to read a window of a shard that is not open.
-
-Source: benchmarks/object_store.json.
-"""
+"""Requests to read a window of a shard that is not open (benchmarks/object_store.json)."""
 HOURS_BETWEEN_FAILURES = 50_700.0
 """Mean hours between failures of one device.
 
-Llama 3 405B had 419 unexpected interruptions in 54 days on 16 384 devices (arXiv 2407.21783,
-section 3.3.4).
+Llama 3 405B: 419 interruptions in 54 days on 16 384 devices (arXiv 2407.21783, section 3.3.4).
 """
 
 
@@ -71,23 +65,14 @@ class StorageCost:
 
     @classmethod
     def ours(cls, vocab: int, entries: float = 12.0) -> StorageCost:
-        """Return the cost with this package's codec, interpolated in log V between measurements.
-
-        Args:
-            vocab: vocabulary size V.
-            entries: mean entries per token.
-        """
+        """Return the cost with this package's codec, interpolated in log(vocab)."""
         (small, low), (large, high) = MEASURED_BITS
         share = max(0.0, math.log(vocab / small) / math.log(large / small))
         return cls(entries, low + share * (high - low), TEXT_BYTES)
 
     @classmethod
     def paper(cls, entries: float = 12.0) -> StorageCost:
-        """Return the cost of RS-KD as published: a 17-bit id and a 7-bit count per entry, no text.
-
-        Args:
-            entries: mean entries per token.
-        """
+        """Return the cost of RS-KD as published: 17-bit ids and 7-bit counts, without text."""
         return cls(entries, 24.0, 0.0)
 
     @property
@@ -151,22 +136,22 @@ class Settings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("teacher_utilisation", "student_utilisation"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]: 0.4")
-        hours = self.hours_between_failures
-        _require(hours > 0, "hours between failures", hours, "more than 0")
-        _require(self.device.flops > 0, "device flops", self.device.flops, "more than 0")
         for name in ("build_overhead", "step_overhead", "device_price", "storage_price", "months"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.storage.entries > 0, "entries", self.storage.entries, "more than 0")
-        bits = self.storage.bits_per_entry
-        _require(bits > 0, "bits per entry", bits, "more than 0")
+        for name, value in {
+            "hours between failures": self.hours_between_failures,
+            "device flops": self.device.flops,
+            "entries": self.storage.entries,
+            "bits per entry": self.storage.bits_per_entry,
+        }.items():
+            _require(value > 0, name, value, "more than 0")
 
 
 @dataclass(frozen=True)
 class Plan:
     """Cost of a cache and of training from it.
 
-    Hours are device-hours unless stated otherwise. Divide them by the number of workers or ranks
-    for the elapsed time.
+    Hours are device-hours unless stated otherwise; divide by workers or ranks for elapsed time.
 
     Args:
         bytes: bytes of the cache.
@@ -275,16 +260,6 @@ def plan(settings: Settings) -> Plan:
         failures=failures,
         lost_hours=failures * shard_hours / 2,
     )
-
-
-def throughput_lost(ce: float, cached: float) -> float:
-    """Compute the relative loss of throughput when training from the cache instead of by CE.
-
-    Args:
-        ce: throughput of CE.
-        cached: throughput of training from the cache, in the same unit.
-    """
-    return 1 - cached / ce
 
 
 def _hours(operations: float, tokens: float, device: DeviceKind, utilisation: float) -> float:

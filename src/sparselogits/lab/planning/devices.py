@@ -1,7 +1,6 @@
 """List peak rates (dense bfloat16 operations) and memory of accelerators, as vendors state them.
 
-No value was measured. The share of the peak rate that a model reaches (the utilisation) and prices
-are inputs of a plan. A vendor's GB is taken as 1e9 bytes, which is less than most devices report.
+No value was measured. A vendor's GB is taken as 1e9 bytes, less than most devices report.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ _ALIASES = {
     "4090": "rtx4090",
     "5090": "rtx5090",
 }
-"""Maps other names of a device, as `_normalised` returns them, to the name in `DEVICES`."""
+"""Names in `DEVICES` by other normalised names of a device."""
 
 
 def device_kind(name: str, flops: float | None = None, memory: float | None = None) -> DeviceKind:

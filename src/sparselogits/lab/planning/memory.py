@@ -1,10 +1,8 @@
 """Estimate the memory of one device, and whether a teacher's pass or a student's training fits.
 
-The estimate is the sum of weights, activations, and logits in memory at the same time. Coefficients
-were fitted to the allocations of Llama models of several shapes, counted by torch's profiler
-(benchmarks/plan_memory.py; docs/planning.md states the errors). A margin covers an accelerator's
-other memory (CUDA context, fragmentation). Attention is assumed to be computed by a fused kernel
-that does not store the matrix of attention scores.
+The coefficients were fitted to the allocations of Llama models, counted by torch's profiler
+(benchmarks/plan_memory.py and .json; docs/planning.md states the errors). Attention is assumed to
+be computed by a fused kernel that does not store the matrix of attention scores.
 """
 
 from __future__ import annotations
@@ -18,45 +16,26 @@ from sparselogits.errors import InvalidArgumentError
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
 """Bytes per weight by data type."""
 PASS_HIDDEN, PASS_INTERMEDIATE = 4.1, 3.0
-"""Values per token at the peak of a forward pass without gradients (benchmarks/plan_memory.json).
-
-The first is per unit of hidden size, the second per unit of intermediate size.
+"""Values per token and unit of hidden or intermediate size at the peak of a pass without gradients.
 """
 # a test compares the value with the teacher's, which is not imported because that would load torch
 SLICE_POSITIONS = 256
 """Number of positions whose logits a teacher computes at a time."""
-SLICE_BYTES = 4 * 2.5
-"""Bytes per logit of a slice of positions (benchmarks/plan_memory.json).
-
-Two float32 copies exist at the peak, of this slice and the previous one, and one in bfloat16.
-"""
-SAMPLER_BYTES = 4
-"""Bytes per logit of a slice for the sampler: one float32 copy, assumed and not measured.
-
-On a CPU the sampler takes less (`samplers/distribution.py`).
-"""
+SLICE_BYTES = 4 * 2.5  # float32 copies of this slice and the previous one, and a bfloat16 copy
+"""Bytes per logit of a slice of positions at the peak."""
+SAMPLER_BYTES = 4  # one float32 copy, assumed and not measured; less on a CPU
+"""Bytes per logit of a slice that the sampler needs."""
 STEP_HIDDEN = 40.0
 """Bytes per token, layer and unit of hidden size that a training step stores for the backward pass.
-
-Source: benchmarks/plan_memory.json.
 """
-STEP_INTERMEDIATE = {"float32": 16.0, "bfloat16": 8.5}
-"""Bytes per token, layer and unit of intermediate size that a training step stores, by dtype.
-
-bfloat16 is autocast over float32 weights. Source: benchmarks/plan_memory.json.
-"""
+STEP_INTERMEDIATE = {"float32": 16.0, "bfloat16": 8.5}  # bfloat16: autocast over float32 weights
+"""Bytes per token, layer and unit of intermediate size that a training step stores, by dtype."""
 KEPT_HIDDEN = 4.0
 """Bytes per token, layer and unit of hidden size that are stored with activation checkpointing."""
 RECOMPUTED_HIDDEN = {"float32": 46.0, "bfloat16": 42.0}
-"""Bytes per token and unit of hidden size that recomputing one layer takes, by dtype.
-
-Source: benchmarks/plan_memory.json.
-"""
+"""Bytes per token and unit of hidden size that recomputing one layer takes, by dtype."""
 RECOMPUTED_INTERMEDIATE = {"float32": 24.0, "bfloat16": 12.0}
-"""Bytes per token and unit of intermediate size that recomputing one layer takes, by dtype.
-
-Source: benchmarks/plan_memory.json.
-"""
+"""Bytes per token and unit of intermediate size that recomputing one layer takes, by dtype."""
 TRAINED_BYTES = 16
 """Bytes per parameter in training: float32 weight, gradient and AdamW's two moments."""
 GRADIENT_BYTES = 4
@@ -107,8 +86,7 @@ def shape_of(parameters: float) -> Shape:
     """Return a plausible shape for a model with this number of parameters.
 
     The shape is that of the published model nearest in size. If the sizes differ by a factor of 1.5
-    or more, widths and depth are scaled by the cube root of the ratio, because the number of
-    parameters grows with the square of the widths and with the depth.
+    or more, widths and depth are scaled by the cube root of the ratio.
     """
     near = min(SHAPES, key=lambda shape: abs(math.log(shape.parameters / parameters)))
     ratio = parameters / near.parameters
@@ -162,7 +140,8 @@ def pass_memory(
     Raises:
         InvalidArgumentError: If `dtype` is unknown.
     """
-    _require_dtype(dtype)
+    if dtype not in BYTES:
+        raise InvalidArgumentError(f"unknown dtype {dtype!r}; give one of {', '.join(BYTES)}")
     computed = max(2, BYTES[dtype])  # quantised weights are multiplied in 16 bits
     tokens = batch * window
     widths = PASS_HIDDEN * shape.hidden + PASS_INTERMEDIATE * shape.intermediate
@@ -170,16 +149,10 @@ def pass_memory(
     weights = parameters * BYTES[dtype] / devices
     activations, states = tokens * widths * computed, tokens * shape.hidden * computed
     logits, sampler = slices * SLICE_BYTES, slices * SAMPLER_BYTES
-    return Memory(
-        (
-            ("weights", weights),
-            ("activations", activations),
-            ("logits", logits),
-            ("sampler", sampler),
-        ),
-        # when logits are computed, the only activations in memory are the last hidden states
-        weights + max(activations, states + logits + sampler),
-    )
+    # when logits are computed, the only activations in memory are the last hidden states
+    total = weights + max(activations, states + logits + sampler)
+    parts = {"weights": weights, "activations": activations, "logits": logits, "sampler": sampler}
+    return Memory(tuple(parts.items()), total)
 
 
 def training_memory(
@@ -227,16 +200,10 @@ def training_memory(
     chunk = min(max(capacity * CHUNK_SHARE, CHUNK_LEAST), CHUNK_MOST, tokens * vocab * 4)
     head = vocab * shape.hidden * (GRADIENT_BYTES + (product if dtype == "bfloat16" else 0))
     loss = chunk * (1 + product / 4) + head  # in float32, and a copy in the products' dtype
-    return Memory(
-        (
-            ("weights and moments", state),
-            ("gradients", gradients),
-            ("activations", stored + recomputed),
-            ("loss", loss),
-        ),
-        # gradients are allocated while activations are freed
-        state + max(stored + loss, stored + recomputed + head, gradients),
-    )
+    # gradients are allocated while activations are freed
+    total = state + max(stored + loss, stored + recomputed + head, gradients)
+    parts = {"weights and moments": state, "gradients": gradients}
+    return Memory((*parts.items(), ("activations", stored + recomputed), ("loss", loss)), total)
 
 
 MemoryOf = Callable[[int, int], Memory]
@@ -244,34 +211,12 @@ MemoryOf = Callable[[int, int], Memory]
 
 
 def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:
-    """Return the largest batch size, a power of two, that fits on one device.
-
-    Args:
-        memory_of: function that estimates the memory.
-        capacity: bytes of the device's memory.
-
-    Returns:
-        The number of windows; None if one window does not fit.
-    """
+    """Return the largest number of windows, as a power of two, that fits; None if one does not."""
     fitting = [2**power for power in range(16) if memory_of(2**power, 1).fits(capacity)]
     return max(fitting, default=None)
 
 
 def fewest_devices(memory_of: MemoryOf, batch: int, capacity: float) -> int | None:
-    """Return the smallest number of devices, a power of two, on which a batch fits.
-
-    Args:
-        memory_of: function that estimates the memory.
-        batch: number of windows per batch.
-        capacity: bytes of a device's memory.
-
-    Returns:
-        The number of devices; None if 1 024 are too few.
-    """
+    """Return the smallest number of devices, a power of two up to 1 024, on which a batch fits."""
     fitting = (2**power for power in range(11))
     return next((n for n in fitting if memory_of(batch, n).fits(capacity)), None)
-
-
-def _require_dtype(dtype: str) -> None:
-    if dtype not in BYTES:
-        raise InvalidArgumentError(f"unknown dtype {dtype!r}; give one of {', '.join(BYTES)}")

@@ -52,17 +52,10 @@ class ModelSize:
     shape: Shape
 
 
-def parameters_of(text: str, what: str) -> float:
-    """Return the number of parameters of a model; see `size_of`."""
-    return size_of(text, what).parameters
-
-
 def size_of(text: str, what: str) -> ModelSize:
     """Return the size of a model from a count of parameters or from a configuration.
 
-    For a configuration, a model is created without allocating weights, and its parameters are
-    counted. A head tied to the embedding counts once, because an embedding look-up needs no matrix
-    product.
+    A head that is tied to the embedding counts once, because the look-up needs no matrix product.
 
     Args:
         text: count such as '8B', or path of a folder with a config.json.
@@ -98,12 +91,9 @@ def size_of(text: str, what: str) -> ModelSize:
             f"of transformers ({error}); give a count such as 8B"
         ) from error
     count = float(sum(p.numel() for p in model.parameters()))
-    text_config = config.get_text_config()
-    dimensions: list[int] = [
-        value
-        for name in ("hidden_size", "num_hidden_layers", "intermediate_size")
-        if isinstance(value := getattr(text_config, name, None), int)
-    ]
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size")
+    found = (getattr(config.get_text_config(), name, None) for name in names)
+    dimensions: list[int] = [value for value in found if isinstance(value, int)]
     if len(dimensions) < 3:  # the architecture names its dimensions differently
         return ModelSize(count, shape_of(count))
     return ModelSize(count, Shape(folder.resolve().name, count, *dimensions))

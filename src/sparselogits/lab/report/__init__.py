@@ -3,7 +3,7 @@
 from sparselogits.lab.report.comparison import write_report
 from sparselogits.lab.report.serve import PREFIX, PageServer
 from sparselogits.lab.report.view import WindowView, WindowViewer, view_page
-from sparselogits.lab.report.walkthrough import Continuation, Walkthrough, write_walkthrough
+from sparselogits.lab.report.walkthrough import Continuation, Walkthrough, walkthrough_page
 
 __all__ = [
     "PREFIX",
@@ -13,6 +13,6 @@ __all__ = [
     "WindowView",
     "WindowViewer",
     "view_page",
+    "walkthrough_page",
     "write_report",
-    "write_walkthrough",
 ]

@@ -26,15 +26,9 @@ if TYPE_CHECKING:
 
 COLOURS = 16
 """Number of colours for series, `--c0` to `--c15` in theme.css."""
-DASHES: tuple[tuple[float, ...], ...] = (
-    (1, 0),  # solid
-    (7, 3),
-    (2, 2.5),
-    (8, 2.5, 2, 2.5),
-    (12, 3),
-    (3, 5),
-)
-"""Dash patterns of lines: alternating lengths of dashes and gaps, in pixels."""
+DASHES: tuple[tuple[float, ...], ...]
+DASHES = ((1, 0), (7, 3), (2, 2.5), (8, 2.5, 2, 2.5), (12, 3), (3, 5))
+"""Dash patterns of lines: alternating lengths of dashes and gaps in pixels; the first is solid."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 """Shapes of points, by their names in Vega."""
 
@@ -66,8 +60,8 @@ def looks_of(groups: Mapping[str, str]) -> dict[str, Look]:
     """Assign a look to each method.
 
     Args:
-        groups: group of each method, in order. Methods in the same group have the same colour and
-            shape, but different dashes.
+        groups: group of each method, in order. Methods in a group share colour and shape, and
+            differ in dashes.
     """
     names = list(dict.fromkeys(groups.values()))
     ranks: dict[str, int] = {}
@@ -200,8 +194,10 @@ def budget_chart(
     )
     lines = base.mark_line(strokeWidth=2).encode(detail="series:N")
     ends = base.mark_rule(strokeWidth=1.4, opacity=0.55).encode(y="low:Q", y2="high:Q")
+    shapes = [SHAPES[look.shape] for look in looks.values()]
+    shape = alt.Shape("series:N", scale=alt.Scale(domain=list(looks), range=shapes))
     marks = base.mark_point(filled=True, size=70, opacity=1).encode(
-        shape=_shapes(looks, "series"), tooltip=_tooltip(x, y)
+        shape=shape, tooltip=_tooltip(x=x, y=y)
     )
     layers: list[Any] = [*_levels(levels), ends, lines, marks]
     if any("label" in point for point in points):
@@ -252,19 +248,20 @@ def curve_chart(
     base = _base(shown, "method", looks).encode(
         x=alt.X("x:Q", **axes[0]), y=alt.Y("y:Q", **axes[1])
     )
+    dashes = [list(DASHES[look.dash]) for look in looks.values()]
+    dash = alt.StrokeDash("method:N", scale=alt.Scale(domain=list(looks), range=dashes))
     lines = base.mark_line(strokeWidth=2, clip=True).encode(
-        detail="method:N", strokeDash=_dashes(looks), opacity=faded
+        detail="method:N", strokeDash=dash, opacity=faded
     )
-    catching = base.mark_point(size=160, opacity=0).encode(tooltip=_tooltip(x, y))
+    catching = base.mark_point(size=160, opacity=0).encode(tooltip=_tooltip(x=x, y=y))
     layers: list[Any] = [lines, catching.add_params(pointed)]
     if any(point["alone"] for point in shown):
         visible = base.transform_filter("datum.alone").mark_point(filled=True, size=34)
         layers.insert(1, visible.encode(opacity=faded))
     if diagonal:
-        line = alt.Chart(_rows([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
-        layers.insert(
-            0, line.mark_line(strokeDash=[5, 4], color="var(--soft)").encode(x="x:Q", y="y:Q")
-        )
+        ends = alt.Chart(_rows([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
+        line = ends.mark_line(strokeDash=[5, 4], color="var(--soft)")
+        layers.insert(0, line.encode(x="x:Q", y="y:Q"))
     return _finished(layers)
 
 
@@ -286,12 +283,7 @@ def dot_chart(
     )
     ends = base.mark_rule(strokeWidth=2, opacity=0.6).encode(x="low:Q", x2="high:Q")
     marks = base.mark_point(filled=True, size=110, opacity=1).encode(
-        tooltip=[
-            alt.Tooltip("method:N"),
-            alt.Tooltip("x:Q", title=x, format=".4~g"),
-            alt.Tooltip("low:Q", title="from", format=".4~g"),
-            alt.Tooltip("high:Q", title="to", format=".4~g"),
-        ]
+        tooltip=_tooltip(x=x, low="from", high="to")
     )
     return _finished([ends, marks])
 
@@ -305,47 +297,22 @@ def _rows(points: Iterable[Mapping[str, Any]]) -> alt.InlineData:
 def _base(points: Iterable[Mapping[str, Any]], name: str, looks: Mapping[str, Look]) -> alt.Chart:
     import altair as alt
 
-    return (
-        alt.Chart(_rows(points))
-        .transform_filter("indexof(hidden, datum.method) < 0")
-        .encode(
-            color=alt.Color(
-                f"{name}:N",
-                scale=alt.Scale(domain=list(looks), range=[look.css for look in looks.values()]),
-            )
-        )
-    )
+    colours = [look.css for look in looks.values()]
+    colour = alt.Color(f"{name}:N", scale=alt.Scale(domain=list(looks), range=colours))
+    shown = alt.Chart(_rows(points)).transform_filter("indexof(hidden, datum.method) < 0")
+    return shown.encode(color=colour)
 
 
-def _shapes(looks: Mapping[str, Look], name: str) -> alt.Shape:
+def _tooltip(**titles: str) -> list[alt.Tooltip]:
+    """Return tooltips with the method and the given fields, each with its title."""
     import altair as alt
 
-    shapes = [SHAPES[look.shape] for look in looks.values()]
-    return alt.Shape(f"{name}:N", scale=alt.Scale(domain=list(looks), range=shapes))
-
-
-def _dashes(looks: Mapping[str, Look]) -> alt.StrokeDash:
-    import altair as alt
-
-    dashes = [list(DASHES[look.dash]) for look in looks.values()]
-    return alt.StrokeDash("method:N", scale=alt.Scale(domain=list(looks), range=dashes))
-
-
-def _tooltip(x: str, y: str) -> list[alt.Tooltip]:
-    import altair as alt
-
-    return [
-        alt.Tooltip("method:N"),
-        alt.Tooltip("x:Q", title=x, format=".4~g"),
-        alt.Tooltip("y:Q", title=y, format=".4~g"),
-    ]
+    shown = [alt.Tooltip(f"{k}:Q", title=title, format=".4~g") for k, title in titles.items()]
+    return [alt.Tooltip("method:N"), *shown]
 
 
 def _levels(levels: Sequence[tuple[str, float]]) -> list[alt.Chart]:
-    """Return horizontal lines with their names.
-
-    The name of the highest line is above its left end, the other names are below the right ends.
-    """
+    """Return labelled horizontal lines, with the highest labelled at its left end, above it."""
     import altair as alt
 
     ordered = sorted(levels, key=lambda level: -level[1])
@@ -372,14 +339,8 @@ def _finished(layers: Sequence[Any]) -> alt.LayerChart:
 
 
 def _specification(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
-    """Return the Vega-Lite specification of a chart in the fonts and colours of pages.
-
-    Args:
-        chart: the chart.
-        still: whether the chart is for a PNG file and therefore needs a legend. In a page, the
-            table serves as the legend.
-    """
-    if not still:
+    """Return the Vega-Lite specification of a chart; `still` adds a legend, for a PNG file."""
+    if not still:  # in a page, the table serves as the legend
         chart = chart.properties(width="container", height=HEIGHT)
     soft, ink, line = "var(--soft)", "var(--ink)", "var(--line)"
     spec: dict[str, Any] = chart.configure(
@@ -413,23 +374,15 @@ def _log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     axis = alt.Axis(values=log_ticks(low, high), format="~g", labelOverlap=False)
     if high > 1e5:  # B for billions instead of the SI prefix G
         axis.labelExpr = "replace(format(datum.value, '~s'), 'G', 'B')"
-    return {
-        "title": title,
-        "scale": alt.Scale(type="log", domain=[low, high], nice=False),
-        "axis": axis,
-    }
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    return {"title": title, "scale": scale, "axis": axis}
 
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Return at least two round numbers between `low` and `high` for a logarithmic axis."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in (
-        (1,),
-        (1, 3),
-        (1, 2, 5),
-        (1, 2, 3, 5, 7),
-        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8),
-    ):
+    fine = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), fine):
         ticks = [10.0**p * f for p in powers for f in steps if low <= 10.0**p * f <= high]
         if len(ticks) >= 3:
             return ticks

@@ -53,9 +53,8 @@ def write_report(results: Results, folder: Path) -> Path:
     Raises:
         StorageError: If the folder cannot be written.
     """
-    results = _with_printable_names(results)
     path = folder / "report.html"
-    write_whole(path, _page(results))
+    write_whole(path, report_page(results))
     if not can_draw():
         warnings.warn(
             "the report has no charts: altair or vl-convert-python is not installed. Run pip "
@@ -64,6 +63,7 @@ def write_report(results: Results, folder: Path) -> Path:
             stacklevel=2,
         )
         return path
+    results = _with_printable_names(results)
     hidden = hidden_at_first(results)
     shown = with_methods(results, {row.method for row in results.methods} - set(hidden))
     for student in students_of(shown):
@@ -74,10 +74,7 @@ def write_report(results: Results, folder: Path) -> Path:
 
 def report_page(results: Results) -> str:
     """Return the page of a comparison as HTML."""
-    return _page(_with_printable_names(results))
-
-
-def _page(results: Results) -> str:
+    results = _with_printable_names(results)
     panels = []
     for student in students_of(results):
         rows = [row for row in results.methods if row.student == student]
@@ -118,15 +115,11 @@ LONGEST_NAME = 120
 def _with_printable_names(results: Results) -> Results:
     """Return the results with control characters in names escaped, and long names shortened.
 
-    Names are read from files. A chart cannot be drawn if a name has a control character, and a
-    bidirectional override would make a name look like another one.
+    Control characters prevent drawing; bidirectional overrides disguise one name as another.
     """
 
     def names(row: MethodRow | RunRow) -> dict[str, str]:
-        return {
-            "method": printable(row.method, LONGEST_NAME),
-            "student": printable(row.student, LONGEST_NAME),
-        }
+        return {name: printable(getattr(row, name), LONGEST_NAME) for name in ("method", "student")}
 
     return results.model_copy(
         update={
@@ -150,21 +143,13 @@ def _progress(results: Results) -> str:
 
 @dataclass(frozen=True)
 class _Metric:
-    """Metric shown in the table.
-
-    Args:
-        column: column of the table.
-        of: function that returns a method's value.
-        teacher: name of the metric in the teacher's results; None if the teacher has no value.
-        scale: factor from the stored to the displayed value.
-        digits: number of displayed digits after the decimal point.
-    """
+    """Metric shown in the table, with the format of its values."""
 
     column: Column
     of: Callable[[MethodRow], MetricEstimate | None]
-    teacher: str | None
+    teacher: str | None  # name in the teacher's results; None if the teacher has no value
     scale: float = 1
-    digits: int = 3
+    digits: int = 3  # after the decimal point
 
 
 def _stored(name: str) -> Callable[[MethodRow], MetricEstimate | None]:
@@ -173,64 +158,40 @@ def _stored(name: str) -> Callable[[MethodRow], MetricEstimate | None]:
 
 _METRICS = (
     _Metric(
-        Column("loss", best="low", main=True, help="held-out cross-entropy, nats per token"),
-        _stored("loss"),
-        "loss",
+        Column("loss", "low", True, "held-out cross-entropy, nats per token"),
+        *(_stored("loss"), "loss"),
     ),
     _Metric(
-        Column("perplexity", best="low", help="exp of the loss"),
-        lambda row: row.perplexity,
-        "perplexity",
-        digits=1,
+        Column("perplexity", "low", help="exp of the loss"),
+        *(lambda row: row.perplexity, "perplexity", 1, 1),
     ),
     _Metric(
-        Column("- CE", best="low", help="loss minus the loss of CE, paired by seed and window"),
-        lambda row: row.minus_ce.get("loss"),
-        None,
+        Column("- CE", "low", help="loss minus the loss of CE, paired by seed and window"),
+        *(lambda row: row.minus_ce.get("loss"), None),
     ),
     _Metric(
         Column(
-            "gap closed %",
-            best="high",
-            main=True,
+            *("gap closed %", "high", True),
             help="share of the gap between CE's loss and full KD's that is closed",
         ),
-        lambda row: row.gap_closed,
-        None,
-        digits=0,
+        *(lambda row: row.gap_closed, None, 1, 0),
     ),
-    _Metric(Column("KL", best="low", help="KL(teacher || student), nats"), _stored("kl"), None),
+    _Metric(Column("KL", "low", help="KL(teacher || student), nats"), _stored("kl"), None),
     _Metric(
-        Column("ECE %", best="low", help="expected calibration error, bins of equal width"),
-        _stored("ece"),
-        "ece",
-        100,
-        1,
+        Column("ECE %", "low", help="expected calibration error, bins of equal width"),
+        *(_stored("ece"), "ece", 100, 1),
     ),
     _Metric(
-        Column(
-            "ECE % (equal mass)",
-            best="low",
-            help="expected calibration error, bins of equal mass",
-        ),
-        _stored("ece_equal_mass"),
-        "ece_equal_mass",
-        100,
-        1,
+        Column("ECE % (equal mass)", "low", help="expected calibration error, bins of equal mass"),
+        *(_stored("ece_equal_mass"), "ece_equal_mass", 100, 1),
     ),
     _Metric(
-        Column("overconf. %", best="zero", help="mean confidence minus accuracy"),
-        _stored("overconfidence"),
-        "overconfidence",
-        100,
-        1,
+        Column("overconf. %", "zero", help="mean confidence minus accuracy"),
+        *(_stored("overconfidence"), "overconfidence", 100, 1),
     ),
     _Metric(
-        Column("acceptance %", best="high", help="expected acceptance of speculative drafts"),
-        _stored("acceptance"),
-        "acceptance",
-        100,
-        1,
+        Column("acceptance %", "high", help="expected acceptance of speculative drafts"),
+        *(_stored("acceptance"), "acceptance", 100, 1),
     ),
 )
 _OF_MASKED = (
@@ -393,7 +354,5 @@ def _number(value: float | None, digits: int, scale: float = 1) -> Cell:
 def _estimate(found: MetricEstimate | None, scale: float, digits: int) -> Cell:
     if found is None:
         return Cell("-")
-    said, ends = f"{scale * found.mean:.{digits}f}", found.both
-    if ends.low is not None and ends.high is not None:
-        said += f" ±{scale * (ends.high - ends.low) / 2:.{digits}f}"
-    return Cell(said, scale * found.mean if math.isfinite(found.mean) else None)
+    value = scale * found.mean
+    return Cell(found.text(scale, digits), value if math.isfinite(value) else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter
 from typing import Any
 
 from sparselogits.lab.compare.results import MethodRow, Results, RunRow
@@ -53,8 +54,7 @@ def looks_of_methods(results: Results) -> dict[str, Look]:
 def hidden_at_first(results: Results) -> list[str]:
     """Return the methods that are hidden when a page opens.
 
-    With more than `ALL_SHOWN` methods, these are the variants: methods with settings other than
-    their budget.
+    If there are more than `ALL_SHOWN` methods, those with settings other than a budget are hidden.
     """
     names = {row.method: series_of(row) for row in results.methods}
     if len(names) <= ALL_SHOWN:
@@ -84,13 +84,13 @@ def drawings_of(results: Results, student: str) -> list[Drawing]:
 
     token = "masked token" if isinstance(results.objective, Masked) else "token"
     drawings = []
-    for key, title, of, x in (
-        ("loss", f"Held-out loss against entries per {token}", _entries, f"entries per {token}"),
-        ("storage", "Held-out loss against storage", _bytes, "bytes per token, targets alone"),
+    for key, against, of, x in (
+        ("loss", f"entries per {token}", attrgetter("entries"), f"entries per {token}"),
+        ("storage", "storage", attrgetter("bytes_per_token"), "bytes per token, targets alone"),
     ):
         if points := _points(rows, of, _loss_at):
             chart = budget_chart(points, series, x=x, y="held-out loss (nats)", levels=levels)
-            drawings.append(Drawing(f"{key}-{number}", title, chart))
+            drawings.append(Drawing(f"{key}-{number}", f"Held-out loss against {against}", chart))
     if points := _points(measured, _entries_measured, _angle_at):
         angles = [("CE", a) for r in measured if r.family == "ce" and (a := _angle_at(r)[0]) > 0]
         chart = budget_chart(
@@ -131,13 +131,7 @@ def _points(
     budget_of: Callable[[MethodRow], float | None],
     metric_of: Callable[[MethodRow], _WithEnds],
 ) -> list[dict[str, Any]]:
-    """Return one chart point per method that has a budget.
-
-    Args:
-        rows: the methods.
-        budget_of: function that returns the budget of a method, or None.
-        metric_of: function that returns the metric of a method with its interval.
-    """
+    """Return one chart point per method that has a budget."""
     found = []
     for row in rows:
         x, (y, low, high) = budget_of(row), metric_of(row)
@@ -149,14 +143,6 @@ def _points(
             | {"low": ends[0], "high": ends[1]}
         )
     return found
-
-
-def _entries(row: MethodRow) -> float | None:
-    return row.entries
-
-
-def _bytes(row: MethodRow) -> float | None:
-    return row.bytes_per_token
 
 
 def _loss_at(row: MethodRow) -> _WithEnds:

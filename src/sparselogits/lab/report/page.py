@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -45,8 +45,8 @@ class Column:
 
     Args:
         head: heading of the column.
-        best: whether the lowest value, the highest, or the one closest to zero is the best; None
-            if no value is marked.
+        best: which value is marked as the best: the lowest, the highest, or the one closest to
+            zero; None for no mark.
         main: whether the column is shown on a narrow screen by default.
         help: explanation of the column.
     """
@@ -81,25 +81,25 @@ class Table:
         """Return a table in which the best value of each column is marked.
 
         Args:
-            rivals: names of the rows that are compared; a value with none to compare is not marked.
+            rivals: names of the rows that are compared. In a column in which fewer than two of them
+                have a value, none is marked.
         """
         lines = [(name, list(cells)) for name, cells in self.lines]
         for at, column in enumerate(self.columns):
             if column.best is None:
                 continue
+            ranks: dict[str, Callable[[float], float]]
+            ranks = {"low": float, "high": lambda value: -value, "zero": abs}
+            rank = ranks[column.best]
             found = [
-                (_rank(cells[at].value or 0.0, column.best), row)
+                (rank(value), row)
                 for row, (name, cells) in enumerate(lines)
-                if name in rivals and cells[at].value is not None
+                if name in rivals and (value := cells[at].value) is not None
             ]
             if len(found) > 1:
                 cells = lines[min(found)[1]][1]
                 cells[at] = replace(cells[at], best=True)
         return replace(self, lines=lines)
-
-
-def _rank(value: float, best: str) -> float:
-    return {"low": value, "high": -value, "zero": abs(value)}[best]
 
 
 @dataclass(frozen=True)
@@ -197,13 +197,8 @@ def render_page(
         f"default-src 'none'; script-src {allowed}; style-src '{_hash(style)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    page = (
-        _environment()
-        .get_template(template)
-        .render(
-            **values, policy=policy, title=title, style=style, scripts=scripts, data=_inert(data)
-        )
-    )
+    values |= {"policy": policy, "title": title, "style": style, "scripts": scripts}
+    page = _environment().get_template(template).render(**values, data=_inert(data))
     # an unpaired surrogate, which JSON may contain but UTF-8 may not, is replaced by "?"
     return page.encode("utf-8", "replace").decode()
 

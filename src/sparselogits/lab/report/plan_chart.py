@@ -19,11 +19,6 @@ def draw_plan(settings: Settings, path: Path) -> None:
         MissingDependencyError: If altair or vl-convert is not installed.
     """
     require_drawing()
-    draw_png(plan_drawing(settings), path, width=560)
-
-
-def plan_drawing(settings: Settings) -> Drawing:
-    """Return the chart of a plan for several students and amounts of text."""
     plans = grid(settings)
     groups = {f"{student}, {mode}": student for student in STUDENTS for mode in MODES}
     points = [
@@ -41,8 +36,8 @@ def plan_drawing(settings: Settings) -> Drawing:
         marks=True,
     )
     passes = "one pass" if settings.passes == 1 else f"{settings.passes:g} passes"
-    title = f"Device hours of {passes} over the text, by student"
-    return Drawing("plan", title, chart)
+    drawing = Drawing("plan", f"Device hours of {passes} over the text, by student", chart)
+    draw_png(drawing, path, width=560)
 
 
 def _hours(settings: Settings, found: Plan) -> tuple[float, float]:

@@ -14,7 +14,7 @@ PREFIX = "/window/"
 
 
 class PageServer(HTTPServer):
-    """Serve `page(index)` at http://127.0.0.1:PORT/window/INDEX.
+    """HTTP server of `page(index)` at http://127.0.0.1:PORT/window/INDEX.
 
     Requests with another host name are rejected, because a web page whose host name resolves to
     this address could otherwise read the text of the cache.
@@ -51,9 +51,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         port = self.server.server_port
         if self.headers.get("Host") not in (f"{_HOST}:{port}", f"localhost:{port}"):
-            self._answer(
-                HTTPStatus.MISDIRECTED_REQUEST, "unknown host; use 127.0.0.1", "text/plain"
-            )
+            wrong_host = HTTPStatus.MISDIRECTED_REQUEST
+            self._answer(wrong_host, "unknown host; use 127.0.0.1", "text/plain")
             return
         if self.path == "/":
             self.send_response(HTTPStatus.FOUND)

@@ -12,7 +12,7 @@ _LONGEST_CHARACTER = 8
 
 
 class TokenTexts:
-    """Decode the tokens of a window.
+    """Texts of the tokens of a window.
 
     Args:
         tokenizer: transformers tokenizer; None to represent tokens by their ids.

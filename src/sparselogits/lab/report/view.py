@@ -1,8 +1,6 @@
 """Render a page that compares one window of a cache with the predictions of models.
 
-A `WindowView` contains per position the label, the cached entries, and for each given
-model the probabilities of these ids and of the model's most likely ids. Logits are in memory for
-one slice of positions at a time.
+Logits are in memory for one slice of positions at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ LARGEST = 64
 
 @dataclass(frozen=True)
 class Shown:
-    """Displayed values of one token id at one position.
+    """Values displayed for one token id at one position.
 
     Args:
         id: id in the vocabulary.
@@ -71,7 +69,7 @@ class Position:
         rows: ids in descending order of probability, including the label.
         entries: number of cached entries.
         mass: sum of the weights of all cached entries.
-        metrics: values by the names in `MEASURES`; None if a value does not exist.
+        metrics: values by the names in `MEASURES`; None for a value that is undefined.
     """
 
     label: int | None
@@ -128,7 +126,7 @@ MEASURES = {
 
 
 class WindowViewer:
-    """Compare the windows of a cache with the predictions of models.
+    """Cache with models, whose predictions are compared with the windows of the cache.
 
     Args:
         dataset: the cache.
@@ -154,7 +152,10 @@ class WindowViewer:
             recorded = cache.recorded_tokenizer()
             require_tokenizer(tokenizer, dataset.identity.tokenizer, recorded)
         self.dataset, self.tokenizer, self.teacher = dataset, tokenizer, teacher
-        self.student = None if student is None else _logits_of(student, dataset)
+        self.student = None
+        if student is not None:
+            masked = dataset.identity.objective is not None
+            self.student = StudentLogits(student.eval(), masked=masked)
 
     def view(self, window: int) -> WindowView:
         """Compare a window with the models.
@@ -212,8 +213,7 @@ class WindowViewer:
         return position
 
     def _models(self) -> list[str]:
-        named = {"teacher": self.teacher, "student": self.student}
-        return [name for name, model in named.items() if model is not None]
+        return [name for name in ("teacher", "student") if getattr(self, name) is not None]
 
     def _measures(self) -> list[str]:
         """Return the names of the measures that can be computed with the given models."""
@@ -275,10 +275,9 @@ class Distribution:
 
 
 def targets_entropy(targets: SparseTargets) -> Tensor:
-    """Compute the entropy of the normalised weights of the cached entries in nats, float32 [P].
+    """Compute the entropy of the normalised weights per position in nats, float32 [P].
 
-    This plug-in estimate of the teacher's entropy is biased downwards, because the entropy of K
-    entries is at most log K.
+    As an estimate of the teacher's entropy it is biased downwards: K entries give at most log K.
     """
     mass = targets.mass().clamp_min(torch.finfo(torch.float32).tiny)
     share = targets.weights / mass[targets.positions]
@@ -292,14 +291,7 @@ def _positions_of(
     teacher: Distribution | None,
     student: Distribution | None,
 ) -> list[Position]:
-    """Compare targets with models at consecutive positions.
-
-    Args:
-        targets: cached targets of P positions.
-        labels: token that each position predicts.
-        teacher: the teacher's distribution, or None.
-        student: the student's distribution, or None.
-    """
+    """Compare the targets of consecutive positions with the models and the predicted tokens."""
     entropy, mass = targets_entropy(targets).tolist(), targets.mass().tolist()
     if student is not None:
         require_ids(student.log_p.shape[1], targets.vocab_size)
@@ -316,19 +308,10 @@ def _positions_of(
                 ids |= set() if model is None else set(model.likeliest[at].tolist())
         p, q = _probabilities(teacher, at, ids), _probabilities(student, at, ids)
         rows = [Shown(i, cached.get(i), counts.get(i), p.get(i), q.get(i)) for i in ids]
-        metrics = {
-            "entropy": entropy[at] if target.entries else None,
-            **_model_metrics(target, label, teacher, student, at),
-        }
-        found.append(
-            Position(
-                label=None if label == IGNORE_INDEX else label,
-                rows=_largest(rows, label),
-                entries=target.entries,
-                mass=mass[at],
-                metrics=metrics,
-            )
-        )
+        metrics = {"entropy": entropy[at] if target.entries else None}
+        metrics |= _model_metrics(target, label, teacher, student, at)
+        known = None if label == IGNORE_INDEX else label
+        found.append(Position(known, _largest(rows, label), target.entries, mass[at], metrics))
     return found
 
 
@@ -347,7 +330,7 @@ def _model_metrics(
     student: Distribution | None,
     at: int,
 ) -> dict[str, float | None]:
-    """Compute the measures that need a model, for position `at` of the distributions."""
+    """Compute the measures that need a model, at index `at` of the distributions."""
     metrics: dict[str, float | None] = {}
     for name, model in (("teacher", teacher), ("student", student)):
         if model is not None:
@@ -368,10 +351,7 @@ def _model_metrics(
 
 
 def _largest(rows: list[Shown], label: int) -> tuple[Shown, ...]:
-    """Return the `LARGEST` most probable ids, and the label.
-
-    Ids are ordered by the teacher's probability; without a teacher by their cached weight.
-    """
+    """Return the label, and the `LARGEST` ids by the teacher's probability or the cached weight."""
 
     def rank(row: Shown) -> tuple[float, float, int]:
         first = row.teacher if row.teacher is not None else row.weight or 0.0
@@ -379,11 +359,6 @@ def _largest(rows: list[Shown], label: int) -> tuple[Shown, ...]:
 
     ranked = sorted(rows, key=rank)
     return tuple(row for i, row in enumerate(ranked) if i < LARGEST or row.id == label)
-
-
-def _logits_of(student: nn.Module, dataset: CacheDataset) -> StudentLogits:
-    masked = dataset.identity.objective is not None
-    return StudentLogits(student.eval(), masked=masked)
 
 
 def view_page(view: WindowView, *, rounds: int | None, link: str | None = None) -> str:

@@ -1,12 +1,10 @@
-"""Write the page of the demo: results, samples of text, next steps and settings."""
+"""Render the page of the demo: results, samples of text, next steps and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from sparselogits.files import write_whole
 from sparselogits.lab.report.charts import Drawing, can_draw, looks_of
 from sparselogits.lab.report.page import Methods, Panel, Table, render_panels
 
@@ -32,7 +30,7 @@ class Walkthrough:
         title: title of the page.
         headline: summary of the results in a few sentences.
         caution: limits of the results.
-        table: table with a row per method, and one for the teacher.
+        table: table with a row per method and one for the teacher.
         drawings: charts, in which each method has the look that `looks_of` assigns to its name.
         continuations: samples of generated text.
         sampled: description of how the samples were generated.
@@ -53,23 +51,13 @@ class Walkthrough:
     conditions: Sequence[tuple[str, str]] = ()
 
 
-def write_walkthrough(found: Walkthrough, path: Path) -> None:
-    """Write the page as one file; it has no charts if the packages that draw them are missing.
-
-    Raises:
-        StorageError: If the file cannot be written.
-    """
-    write_whole(path, walkthrough_page(found))
-
-
 def walkthrough_page(found: Walkthrough) -> str:
-    """Return the page as HTML."""
+    """Return the page of the demo as HTML."""
     names = {name: name for name, _ in found.table.lines}
-    panel = Panel("", found.headline, found.table, drawings=found.drawings)
     return render_panels(
         "walkthrough.html",
         title=found.title,
-        panels=[panel],
+        panels=[Panel("", found.headline, found.table, drawings=found.drawings)],
         methods=Methods(looks_of(names), names),
         charts_drawn=can_draw(),
         found=found,

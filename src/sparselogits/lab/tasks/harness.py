@@ -84,18 +84,14 @@ def score(
 
 
 def fetch(name: str) -> None:
-    """Download the data for an lm-eval task; do nothing for a local task.
-
-    Raises:
-        TaskError: If the task is unknown, or its data cannot be downloaded.
-    """
+    """Download the data for an lm-eval task; do nothing for a local task."""
     if name not in LOCAL_TASKS:
         with _quiet(), _restored_randomness():
             _load(name, None)
 
 
 class _Student(HFLM):  # type: ignore[misc]
-    """Adapt a model in memory to lm-eval, and report progress after each batch."""
+    """Model in memory with the interface of lm-eval; progress is reported after each batch."""
 
     total, done = 0, 0
     report: Callable[[int, int], None]
@@ -112,22 +108,14 @@ class _Student(HFLM):  # type: ignore[misc]
 
 
 def _load(name: str, data: Path | None) -> list[Any]:
-    """Load a task with its data, a group of tasks, or the tasks of a tag.
-
-    Args:
-        name: name of a local task, or of a task, group or tag in lm-eval.
-        data: folder that `write_tasks` filled, for a local task.
-    """
+    """Load a task, group or tag of lm-eval, or a local task from the folder `data`."""
     if name in LOCAL_TASKS:
         if data is None:
             raise TaskError(
                 f"the task {name!r} needs data: call write_tasks(FOLDER, ...), and pass data=FOLDER"
             )
-        manager = TaskManager(
-            include_path=Path(__file__).parent,
-            include_defaults=False,
-            metadata={"data": str(data)},
-        )
+        where, metadata = Path(__file__).parent, {"data": str(data)}
+        manager = TaskManager(include_path=where, include_defaults=False, metadata=metadata)
         return list(manager.load([name])["tasks"].values())
     manager = _all_tasks()
     if name not in manager.all_tasks:
@@ -165,9 +153,8 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
             if not isinstance(value, int | float):
                 continue
             samples = found["samples"].get(task, ())
-            values = [
-                row[metric] for row in samples if row["filter"] == answer_filter and metric in row
-            ]
+            rows = [row for row in samples if row["filter"] == answer_filter and metric in row]
+            values = [row[metric] for row in rows]
             if not all(isinstance(each, int | float) for each in values):
                 values = []
             name = metric if answer_filter == "none" else key
@@ -190,11 +177,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Suppress lm-eval's output within a `with` block.
-
-    Yields:
-        Function that returns a context manager, within which stderr is not suppressed.
-    """
+    """Suppress lm-eval's output; yield a function whose context manager restores stderr."""
     logger = logging.getLogger("lm_eval")
     level, stderr = logger.level, sys.stderr
     logger.setLevel(logging.ERROR)
@@ -219,11 +202,7 @@ def _restored_randomness() -> Iterator[None]:
 
 @contextmanager
 def _no_environment_report() -> Iterator[None]:
-    """Prevent lm-eval from running pip and git.
-
-    Running pip takes seconds, and outside a repository git prints an error that redirection does
-    not suppress.
-    """
+    """Prevent lm-eval from running pip, which takes seconds, and git, which may print an error."""
     originals = evaluator.add_env_info, evaluator.get_git_commit_hash
     evaluator.add_env_info = lambda storage: None
     evaluator.get_git_commit_hash = lambda: None

@@ -57,10 +57,9 @@ def write_tasks(
 
 
 def read_rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
-    """Read the rows of a local task; the task's YAML file tells lm-eval to call this function.
+    """Read the rows of a local task; lm-eval calls this function, which a YAML file names.
 
-    The rows are read into memory, because `datasets` would copy a file of JSON lines and send a
-    request to a usage counter.
+    The rows are read into memory, because `datasets` would copy the file and count its use online.
 
     Args:
         data: folder that `write_tasks` filled.
@@ -68,9 +67,6 @@ def read_rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
 
     Returns:
         A `datasets.Dataset` of the rows, by the name of its split.
-
-    Raises:
-        TaskError: If the file does not exist.
     """
     from datasets import Dataset
 

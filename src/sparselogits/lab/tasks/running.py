@@ -66,11 +66,7 @@ def is_perplexity(metric: str) -> bool:
 
 
 def require_lm_eval() -> None:
-    """Check that lm-eval is installed.
-
-    Raises:
-        MissingDependencyError: If lm-eval is not installed.
-    """
+    """Raise `MissingDependencyError` if lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise MissingDependencyError(
             "zero-shot tasks need lm-eval, which is not installed: pip install "

@@ -87,7 +87,7 @@ def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, 
     quarters of passages of other windows.
 
     Args:
-        found: passages, as `passages` returns them.
+        found: result of `passages`.
         seed: random seed for the choice of the other endings and the order of the four.
 
     Returns:
@@ -122,7 +122,7 @@ def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
     A passage without such a word in its second half is skipped.
 
     Args:
-        found: passages, as `passages` returns them.
+        found: result of `passages`.
 
     Returns:
         Rows with `passage` (the text before the word) and `word`.
