@@ -20,7 +20,7 @@ from transformers.utils import chat_template_utils
 from sparselogits.corpus import Packing, open_source, pack, packing_for, records
 from sparselogits.corpus.chat import ChatTemplate
 from sparselogits.corpus.conversation import conversation_of
-from sparselogits.corpus.rendering import Renderer, _BoundTemplate
+from sparselogits.corpus.rendering import Renderer, _BoundTemplate, _Turns
 from sparselogits.errors import IdentityMismatchError
 
 TALK = [
@@ -248,12 +248,13 @@ def test_markers_and_prefixes_locate_a_turn_equally(tokenizer, name):
         conversation = asdict(conversation_of({"messages": talk}, ["messages"]))
         render = _BoundTemplate(renderer, conversation)
         text = render.text(talk)
+        turns = _Turns(render, talk, text)
         for number in range(1, len(talk), 2):
             asked = render.text(talk[:number], opened=True)
             told = render.text(talk[: number + 1])
             if text.startswith(asked) and text.startswith(told):
-                assert renderer._end_by_marker(render, talk, number, text, told) == len(told)
-                start = renderer._start_from_example(render, talk, number, text)
+                assert turns._end_by_marker(number, told) == len(told)
+                start = turns._start_from_example(number)
                 assert start is not None
                 assert text[start:].startswith(text[len(asked) :])
                 agreed += 1

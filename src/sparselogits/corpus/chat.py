@@ -5,11 +5,9 @@ A conversation is rendered as a whole by transformers' renderer, so the text equ
 
 Templates are untrusted programs from a tokenizer's folder. transformers runs them in Jinja's
 sandbox, which blocks access to files and to Python, but not endless loops or gigabytes of text.
-Those are stopped by limits of the operating system: the rendering process ends if one rendering
-takes more than `CPU_SECONDS` of processor time, and it may allocate at most `MEMORY_BYTES` more
-than at its start. One rendering process serves all conversations of a packing process; it ends with
-the packing process, or after `IDLE_SECONDS` without a conversation, and restarts at the next
-conversation.
+Therefore the operating system limits the processor time and the memory of the rendering process.
+One rendering process serves all conversations of a packing process; the next conversation restarts
+a rendering process that has ended.
 """
 
 from __future__ import annotations
@@ -65,10 +63,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate | None:
-        """Return the chat template of a tokenizer; None if the tokenizer has no template.
-
-        Args:
-            tokenizer: a transformers tokenizer.
+        """Return the chat template of a transformers tokenizer; None if the tokenizer has none.
 
         Raises:
             CorpusError: the tokenizer has several templates, and none of them is the default.
@@ -102,15 +97,11 @@ class ChatTemplate:
         return [name for name in inputs if name not in self.template + self.with_tools]
 
     def rendered(self, conversation: Conversation, *, masked: bool) -> Rendered:
-        """Render a conversation to text.
-
-        Args:
-            conversation: conversation of at least one message.
-            masked: whether to return the loss mask, which covers the assistant's text.
+        """Render a conversation to text; `masked` requests the loss mask of the assistant's text.
 
         Raises:
             CorpusError: the template raises an error or exceeds its limits, or the assistant's text
-                cannot be located in its output.
+                cannot be located in the output.
         """
         answer = _ask(asdict(self), {**asdict(conversation), "masked": masked})
         if "error" in answer:
@@ -141,52 +132,52 @@ class _Running:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self._answers = self.process.stdin, self.process.stdout
 
     def send(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request and return the answer; {} if the process has ended."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(value).encode() + b"\n")
-            self.process.stdin.flush()
-            if line := self.process.stdout.readline():
+            self._requests.write(json.dumps(value).encode() + b"\n")
+            self._requests.flush()
+            if line := self._answers.readline():
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         return {}
 
     def end(self) -> int:
         """Shut down the process and return its exit status."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with suppress(OSError):
-            self.process.stdin.close()
+            self._requests.close()
         try:
             status = self.process.wait(timeout=CPU_SECONDS + 5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()
-        self.process.stdout.close()
+        self._answers.close()
         return status
 
 
 def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `rendering.Renderer.rendered` in the rendering process and return its answer.
-
-    Args:
-        template: fields of a `ChatTemplate`.
-        request: see `rendering.Renderer.rendered`.
-
-    Raises:
-        CorpusError: a value cannot be encoded as JSON, or the template exceeded its limits.
-    """
+    """Return the answer of the rendering process to a request for `Renderer.rendered`."""
     global _running
     with _lock:
         if _running is not None and _running.owner != os.getpid():
             _running = None  # belongs to the process that this one was forked from
         try:
-            answer, status = _answer(template, request)
-            if status == 0:  # the idle process ended at the time of the request
-                answer, status = _answer(template, request)
+            for _ in range(2):
+                if _running is None or _running.process.poll() is not None:
+                    shut_down()
+                    _running = _Running()
+                if _running.template != template:
+                    _running.template = template
+                    _running.send({"template": template})
+                if answer := _running.send(request):
+                    return answer
+                status, _running = _running.end(), None
+                if status:
+                    break  # otherwise the idle process ended at the time of the request
         except (TypeError, ValueError, RecursionError) as error:
             raise CorpusError(
                 f"the record contains a value that cannot be written as JSON ({error}); remove the "
@@ -199,31 +190,11 @@ def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, A
                 _running.end()
                 _running = None
             raise
-    if not answer:
-        raise CorpusError(
-            f"the chat template was stopped (exit status {status}): one rendering may take "
-            f"{CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB of memory. Check the "
-            "template's loops, or use a tokenizer with another template"
-        )
-    return answer
-
-
-def _answer(
-    template: Mapping[str, Any], request: Mapping[str, Any]
-) -> tuple[dict[str, Any], int | None]:
-    """Return (answer, None), or ({}, exit status) if the rendering process has ended."""
-    global _running
-    if _running is None or _running.process.poll() is not None:
-        shut_down()
-        _running = _Running()
-    if _running.template != template:
-        _running.template = template
-        _running.send({"template": template})
-    answer = _running.send(request)
-    if answer:
-        return answer, None
-    status, _running = _running.end(), None
-    return {}, status
+    raise CorpusError(
+        f"the chat template was stopped (exit status {status}): one rendering may take "
+        f"{CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB of memory. Check the "
+        "template's loops, or use a tokenizer with another template"
+    )
 
 
 @atexit.register

@@ -9,7 +9,7 @@ Without locks (see `locks`) a claim is never replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,27 +20,10 @@ from sparselogits.identity import canonical_json, differing_fields
 from sparselogits.locks import FileLock, Held
 
 
-class Claim:
-    """Claim on the folder of a packed corpus, shared by workers that pack the same text.
-
-    Args:
-        paths: paths of the folder.
-        lock: the folder's lock; this process holds it if locks are supported.
-    """
-
-    def __init__(self, paths: Paths, lock: FileLock) -> None:
-        self._paths, self._lock = paths, lock
-
-    def abandon(self) -> None:
-        """Remove the packed files, unless another worker is packing the same text."""
-        if self._lock.take(alone=True, wait=False) is Held.ALONE:
-            self._paths.remove()
-
-
 def is_abandoned(paths: Paths) -> bool:
-    """Return whether another text may replace the claim on a folder.
+    """Return whether no part in a folder is finished and no process is packing.
 
-    The claim may be replaced if no part is finished and no process is packing.
+    Another text may then replace the claim on the folder.
     """
     if paths.begun:
         return False
@@ -52,14 +35,14 @@ def is_abandoned(paths: Paths) -> bool:
 
 
 @contextmanager
-def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Claim]:
-    """Claim a folder for one text and hold its lock during a block.
+def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """Claim a folder for the text that `made_from`, the content of `corpus.json`, describes.
 
-    Other processes may hold claims on the folder for the same text at the same time.
+    The folder's lock is held during the block. Other processes may claim the folder for the same
+    text at the same time.
 
-    Args:
-        paths: paths of the folder, which is created if it is missing.
-        made_from: content of `corpus.json`.
+    Yields:
+        A function that removes the packed files, unless another worker is packing the same text.
 
     Raises:
         IdentityMismatchError: the folder belongs to another text; the message contains the
@@ -68,10 +51,15 @@ def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Claim]:
         StorageError: the folder cannot be written.
     """
     lock = FileLock(paths.lock)
+
+    def abandon() -> None:
+        if lock.take(alone=True, wait=False) is Held.ALONE:
+            paths.remove()
+
     try:
         while not _try_to_claim(paths, made_from, lock):
             pass
-        yield Claim(paths, lock)
+        yield abandon
     finally:
         # The lock file is removed when the corpus is complete, or by the last worker. After
         # `abandon` it does not exist, and taking the lock would create the folder again.
@@ -89,24 +77,25 @@ def _try_to_claim(paths: Paths, made_from: Mapping[str, Any], lock: FileLock) ->
     """
     _require_corpus_or_empty(paths)
     found = lock.take(alone=True, wait=False)
-    if found is not Held.TAKEN:
-        _write_claim(paths, made_from, replace=found is Held.ALONE)
+    exists = paths.made_from.exists()
+    if found is Held.ALONE and exists and not paths.begun and _differences(paths, made_from):
+        paths.clear()
+        exists = False
+    if found is not Held.TAKEN and not exists:
+        write_whole(paths.made_from, canonical_json(made_from), replace=False)
     if found is not Held.UNSUPPORTED:
         lock.take(alone=False, wait=True)
     # the conversion to a shared lock is not atomic
     if not paths.made_from.exists():
         return False
-    _require_same_text(paths, made_from)
+    differences = _differences(paths, made_from)
+    if differences:
+        lines = "\n".join(f"  {name}: {a!r} there, {b!r} now" for name, a, b in differences)
+        raise IdentityMismatchError(
+            f"the packed corpus at {paths.folder} was packed from other text or settings:\n{lines}"
+            "\nGive another folder; or, if no process is packing into this one, delete it."
+        )
     return True
-
-
-def _write_claim(paths: Paths, made_from: Mapping[str, Any], *, replace: bool) -> None:
-    """Write `corpus.json` if it is missing, or if it may be replaced and describes another text."""
-    if paths.made_from.exists():
-        if paths.begun or not replace or not _differences(paths, made_from):
-            return
-        paths.clear()
-    write_whole(paths.made_from, canonical_json(made_from), replace=False)
 
 
 def _require_corpus_or_empty(paths: Paths) -> None:
@@ -124,16 +113,6 @@ def _require_corpus_or_empty(paths: Paths) -> None:
     if any(not path.name.startswith(TEMPORARY_PREFIX) for path in foreign):
         raise CorpusError(
             f"{paths.folder} is not empty and contains no packed corpus; give an empty folder"
-        )
-
-
-def _require_same_text(paths: Paths, made_from: Mapping[str, Any]) -> None:
-    found = _differences(paths, made_from)
-    if found:
-        lines = "\n".join(f"  {name}: {a!r} there, {b!r} now" for name, a, b in found)
-        raise IdentityMismatchError(
-            f"the packed corpus at {paths.folder} was packed from other text or settings:\n{lines}"
-            "\nGive another folder; or, if no process is packing into this one, delete it."
         )
 
 

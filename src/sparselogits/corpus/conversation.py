@@ -54,11 +54,7 @@ class Conversation:
 
 
 def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversation:
-    """Return the conversation in a record.
-
-    Args:
-        record: values by field name.
-        names: names of the fields with messages: one of `MESSAGES`, or `prompt` and `completion`.
+    """Return the conversation in fields of a record: one of `MESSAGES`, or prompt and completion.
 
     Raises:
         CorpusError: a message has no role or content, or a value has the wrong type; the error
@@ -67,13 +63,8 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]
     system = record.get("system")
-    if (
-        isinstance(system, str)
-        and system
-        and names[0] == "conversations"
-        and messages
-        and messages[0]["role"] != "system"
-    ):
+    separate = names[0] == "conversations" and isinstance(system, str) and system
+    if separate and messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     variables = _decoded(record.get("chat_template_kwargs"), "chat_template_kwargs")
     if not isinstance(variables, dict | None):
@@ -90,11 +81,6 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
     )
 
 
-def holds_messages(value: object) -> bool:
-    """Return whether a field's value is a list or an object, as messages are."""
-    return isinstance(value, list | tuple | Mapping)
-
-
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if value is None:
         return []
@@ -102,27 +88,21 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
         f"the field `{name}` contains {_kind(value)} instead of messages; expected a list of "
         "objects with `role` and `content`"
     )
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise wrong from None
-    if isinstance(value, Mapping):
-        value = _transposed(value)
-    if not isinstance(value, list | tuple):
-        raise wrong
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if isinstance(message, str):
-            try:
-                message = json.loads(message)
-            except ValueError:
-                raise wrong from None
-        if not isinstance(message, Mapping):
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, Mapping):
+            value = _transposed(value)
+        if not isinstance(value, list | tuple):
             raise wrong
-        place = f"message {number} of `{name}`"
-        messages.append(_message(message, place, sharegpt=name not in _OPENAI))
-    return messages
+        found = [json.loads(item) if isinstance(item, str) else item for item in value]
+    except ValueError:
+        raise wrong from None
+    if not all(isinstance(message, Mapping) for message in found):
+        raise wrong
+    return [
+        _message(message, f"message {number} of `{name}`", sharegpt=name not in _OPENAI)
+        for number, message in enumerate(found, start=1)
+    ]
 
 
 def _transposed(columns: Mapping[str, Any]) -> Any:

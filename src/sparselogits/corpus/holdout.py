@@ -36,6 +36,7 @@ from sparselogits.corpus.streams import (
     damaged,
     open_part,
     part_name,
+    running_sums,
     writing_parquet,
 )
 
@@ -64,40 +65,27 @@ class DocumentTable:
     """Writer of a part's document table: key, number of tokens and of characters per document.
 
     A document that spans two parts has a row in both tables; `opens` is true in the first.
-
-    Args:
-        file: open Parquet file.
     """
 
     def __init__(self, file: pq.ParquetWriter) -> None:
         self._file = file
-        self._rows: list[tuple[int, int, int, bool]] = []
+        self._rows: list[list[int]] = []
 
     def add(self, piece: Piece, tokens: int) -> None:
-        """Add a piece to the row of its document; the pieces of a document must be consecutive.
+        """Add a piece, which has the given number of tokens, to the row of its document.
 
-        Args:
-            piece: the piece.
-            tokens: number of tokens in the piece, including beginning-of-text token and separator.
+        The pieces of a document must be consecutive.
         """
-        characters = piece.stop - piece.start
         if piece.opens or not self._rows:
             if len(self._rows) >= _ROWS:
                 self.flush()
-            self._rows.append((piece.key, tokens, characters, piece.opens))
-        else:
-            key, tokens_before, characters_before, opens = self._rows[-1]
-            sums = tokens_before + tokens, characters_before + characters
-            self._rows[-1] = (key, *sums, opens)
+            self._rows.append([piece.key, 0, 0, piece.opens])
+        self._rows[-1][1] += tokens
+        self._rows[-1][2] += piece.stop - piece.start
 
     def extend(self, tokens: int) -> None:
-        """Add tokens to the row of the last document.
-
-        Args:
-            tokens: number of tokens.
-        """
-        key, before, characters, opens = self._rows[-1]
-        self._rows[-1] = (key, before + tokens, characters, opens)
+        """Add a number of tokens to the row of the last document."""
+        self._rows[-1][1] += tokens
 
     def flush(self) -> None:
         """Write the buffered rows to the file."""
@@ -140,17 +128,17 @@ class Split:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, as written to index.json."""
-        chosen: dict[str, Any] = {"training_windows": self.training_windows, "first": self.first}
+        common = {"rule": self.rule, "windows": self.windows}
         if self.rule == "documents":
-            chosen = {"up_to": f"{self.up_to:016x}", "held": list(self.held)}
-        return {"rule": self.rule, "windows": self.windows, **chosen}
+            return {**common, "up_to": f"{self.up_to:016x}", "held": list(self.held)}
+        return {**common, "training_windows": self.training_windows, "first": self.first}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Split:
         """Return the split for a JSON object from `to_json`.
 
         Raises:
-            KeyError, TypeError, ValueError: the object lacks the form that `to_json` returns.
+            KeyError, TypeError, ValueError: `to_json` cannot have returned the object.
         """
         windows = int(value["windows"])
         if value["rule"] == "documents":
@@ -169,16 +157,10 @@ class Split:
 def choose_split(
     tables: Path, lengths: Sequence[int], window_length: int, share: float
 ) -> Split | None:
-    """Select the tokens of a stream that are held out.
+    """Select the requested share of a stream's tokens, in (0, 1), to be held out.
 
-    Args:
-        tables: folder of the document tables, one per part.
-        lengths: number of tokens in each part.
-        window_length: number L of tokens per window.
-        share: requested share of held-out tokens, in (0, 1).
-
-    Returns:
-        The split; None if the text has fewer than two windows.
+    `tables` is the folder of the document tables, one per part, and `lengths` contains the number
+    of tokens in each part. The result is None if the text has fewer than two windows.
 
     Raises:
         CorpusError: a table is damaged.
@@ -188,7 +170,7 @@ def choose_split(
     if available < 2:
         return None
     wanted = min(max(round(share * total / window_length), 1), available - 1)
-    up_to = _largest_key(tables, len(lengths), wanted * window_length)
+    up_to = _largest_key(tables, lengths, wanted * window_length)
     held = tuple(_total(_held(tables, part, length, up_to)) for part, length in enumerate(lengths))
     surplus = sum(held) - wanted * window_length
     affordable = max(window_length, int(_DROPPED_SHARE * total))
@@ -212,14 +194,14 @@ class SelectedStream:
         self, stream: TokenStream, lengths: Sequence[int], extents: Callable[[int], Extents]
     ) -> None:
         self._stream, self._compute_extents = stream, extents
-        self._ends = np.cumsum(np.array(lengths, np.int64))
+        self._bounds = running_sums(lengths)
         self._extents: dict[int, Extents] = {}
         self._lock = threading.Lock()
 
     @property
     def tokens(self) -> int:
         """Number of selected tokens."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._bounds[-1])
 
     def read(self, start: int, stop: int) -> Tokens:
         """Return the selected tokens [start, stop).
@@ -229,12 +211,12 @@ class SelectedStream:
         """
         ranges = []
         while start < stop:
-            part = int(np.searchsorted(self._ends, start, side="right"))
-            within_part = start - (int(self._ends[part - 1]) if part else 0)
+            part = int(np.searchsorted(self._bounds, start, side="right")) - 1
+            within_part = start - int(self._bounds[part])
             extents = self._extents_of(part)
-            ends = np.cumsum(extents[:, 1] - extents[:, 0])
-            at = int(np.searchsorted(ends, within_part, side="right"))
-            begin = int(extents[at, 0]) + within_part - (int(ends[at - 1]) if at else 0)
+            bounds = running_sums(extents[:, 1] - extents[:, 0])
+            at = int(np.searchsorted(bounds, within_part, side="right")) - 1
+            begin = int(extents[at, 0]) + within_part - int(bounds[at])
             length = min(int(extents[at, 1]) - begin, stop - start)
             begin += self._stream.begin(part)
             ranges.append(self._stream.read(begin, begin + length))
@@ -246,7 +228,7 @@ class SelectedStream:
         with self._lock:
             if part not in self._extents:
                 extents = self._compute_extents(part)
-                expected = self._ends[part] - (self._ends[part - 1] if part else 0)
+                expected = self._bounds[part + 1] - self._bounds[part]
                 if _total(extents) != expected:
                     raise damaged(
                         self._stream.path(part), f"{_total(extents)} of {expected} tokens selected"
@@ -260,14 +242,9 @@ class SelectedStream:
 def divide(
     stream: TokenStream, lengths: Sequence[int], tables: Path, split: Split, window_length: int
 ) -> tuple[SelectedStream, SelectedStream]:
-    """Divide a stream into two: its training tokens and its held-out tokens.
+    """Divide a stream into its training tokens and its held-out tokens by the given split.
 
-    Args:
-        stream: stream of all tokens.
-        lengths: number of tokens in each part.
-        tables: folder of the document tables, one per part.
-        split: division from `choose_split`.
-        window_length: number L of tokens per window.
+    The other arguments are those of `choose_split`.
 
     Raises:
         ValueError: the split does not belong to the stream.
@@ -305,21 +282,15 @@ def document_counts(
     """Return the number of held-out documents and the number of their characters.
 
     With the rule "windows", a document counts as held out if it begins in a held-out window, and
-    the characters of a row in a document table count if the row's first token is in one.
-
-    Args:
-        tables: folder of the document tables, one per part.
-        lengths: number of tokens in each part.
-        split: division from `choose_split`.
-        window_length: number L of tokens per window.
+    the characters of a row in a document table count if the row's first token is in one. The
+    arguments are those of `choose_split` and `divide`.
 
     Raises:
         CorpusError: a table is damaged.
     """
     documents = characters = begin = 0
     for part, length in enumerate(lengths):
-        end = begin + length
-        for key, tokens, chars, opens in _rows(tables, part):
+        for key, tokens, chars, opens in _rows(tables, part, length):
             starts = begin + np.cumsum(tokens) - tokens
             begin += int(tokens.sum())
             if split.rule == "documents":
@@ -328,15 +299,10 @@ def document_counts(
                 chosen = starts >= split.first * window_length
             documents += int((opens & chosen).sum())
             characters += int(chars[chosen].sum())
-        if begin != end:
-            held = length + begin - end
-            raise damaged(
-                tables / part_name(part), f"its documents have {held} tokens, the part has {length}"
-            )
     return documents, characters
 
 
-def _largest_key(tables: Path, parts: int, tokens: int) -> int:
+def _largest_key(tables: Path, lengths: Sequence[int], tokens: int) -> int:
     """Return the smallest key such that the documents up to it have at least `tokens` tokens.
 
     The first of two passes over the tables counts tokens by the leading bits of the key, so that
@@ -344,14 +310,14 @@ def _largest_key(tables: Path, parts: int, tokens: int) -> int:
     """
     shift = np.uint64(64 - _BIN_BITS)
     by_bin = np.zeros(1 << _BIN_BITS, np.int64)
-    for part in range(parts):
-        for key, count, _, _ in _rows(tables, part):
+    for part, length in enumerate(lengths):
+        for key, count, _, _ in _rows(tables, part, length):
             np.add.at(by_bin, (key >> shift).astype(np.int64), count)
     ends = np.cumsum(by_bin)
     chosen = int(np.searchsorted(ends, tokens))
     keys, counts = [], []
-    for part in range(parts):
-        for key, count, _, _ in _rows(tables, part):
+    for part, length in enumerate(lengths):
+        for key, count, _, _ in _rows(tables, part, length):
             inside = (key >> shift).astype(np.int64) == chosen
             # copies of a document have equal keys
             distinct, inverse = np.unique(key[inside], return_inverse=True)
@@ -366,15 +332,11 @@ def _largest_key(tables: Path, parts: int, tokens: int) -> int:
 def _held(tables: Path, part: int, length: int, up_to: int) -> Extents:
     """Return the ranges of a part's tokens that belong to documents with keys up to `up_to`."""
     found, begin = [np.empty((0, 2), np.int64)], 0
-    for key, tokens, _, _ in _rows(tables, part):
+    for key, tokens, _, _ in _rows(tables, part, length):
         stops = begin + np.cumsum(tokens)
         begin = int(stops[-1])
         chosen = (key <= np.uint64(up_to)) & (tokens > 0)
         found.append(np.stack([(stops - tokens)[chosen], stops[chosen]], 1))
-    if begin != length:
-        raise damaged(
-            tables / part_name(part), f"its documents have {begin} tokens, the part has {length}"
-        )
     return np.concatenate(found)
 
 
@@ -390,9 +352,12 @@ def _total(extents: Extents) -> int:
     return int((extents[:, 1] - extents[:, 0]).sum())
 
 
-def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield the columns (key, tokens, characters, opens) of a part's document table in batches."""
-    path = tables / part_name(part)
+def _rows(tables: Path, part: int, length: int) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield the columns (key, tokens, characters, opens) of a part's document table in batches.
+
+    At the end, validate that the documents have as many tokens as the part, `length`.
+    """
+    path, found = tables / part_name(part), 0
     try:
         with open_part(path, 1 << 31) as file:
             if not file.schema_arrow.equals(_SCHEMA):
@@ -403,6 +368,9 @@ def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
                     continue
                 if columns[1].min() < 0:
                     raise damaged(path, "a document has a negative number of tokens")
+                found += int(columns[1].sum())
                 yield columns
     except (OSError, pa.ArrowException, PartError) as error:
         raise damaged(path, error) from error
+    if found != length:
+        raise damaged(path, f"its documents have {found} tokens, the part has {length}")

@@ -48,9 +48,7 @@ class LeftOut:
     def in_words(self, one: str = "", several: str = "") -> str:
         """Return the number of files, the reason and up to three names, for display.
 
-        Args:
-            one: clause after the number, if there is one file.
-            several: clause after the number, if there are several files.
+        The clause `one` follows the number 1, and the clause `several` any other number.
         """
         few = ", ".join(self.names[:3]) + ", ..." * (len(self.names) > 3)
         files = f"1 file{one}" if len(self.names) == 1 else f"{len(self.names):,} files{several}"
@@ -173,9 +171,9 @@ def _require_honest_name(file: SourceFile) -> None:
 
 
 def _kind_of(path: Path) -> str:
-    kinds = {"is_fifo": "a named pipe", "is_socket": "a socket", "is_char_device": "a device"}
-    kinds["is_block_device"] = "a device"
-    return next((kind for name, kind in kinds.items() if getattr(path, name)()), "not a file")
+    if path.is_fifo():
+        return "a named pipe"
+    return "a socket" if path.is_socket() else "a device"
 
 
 def _folder(folder: Path, split: str, configuration: str | None) -> Located:
@@ -346,10 +344,6 @@ def _looks_like_file(path: Path) -> bool:
 # --- datasets saved as folders of Arrow files ---
 
 
-def _arrow(path: Path, name: str) -> SourceFile:
-    return SourceFile(path, name, Arrow())
-
-
 def _saved_dataset(folder: Path, split: str) -> list[SourceFile]:
     if (folder / "dataset_dict.json").is_file():
         splits = _json(folder / "dataset_dict.json").get("splits", [])
@@ -366,7 +360,7 @@ def _saved_dataset(folder: Path, split: str) -> list[SourceFile]:
             "flatten_indices(), and save it again"
         )
     names = [entry["filename"] for entry in state.get("_data_files", [])]
-    return [_arrow(folder / name, name) for name in names]
+    return [SourceFile(folder / name, name, Arrow()) for name in names]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -393,11 +387,7 @@ def _hub_dataset(data: str, split: str) -> list[SourceFile]:
 
 
 def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
-    """Return the Arrow files of a loaded `datasets.Dataset`.
-
-    Args:
-        dataset: the dataset.
-        name: name of the dataset, for errors.
+    """Return the Arrow files of a loaded `datasets.Dataset`; `name` is used in errors.
 
     Raises:
         CorpusError: the dataset contains only some of its files' rows, or exists only in memory.
@@ -414,4 +404,4 @@ def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
             f"{name} is part of a dataset ({dataset.num_rows} of {rows} rows); load it with "
             "`datasets`, save it with save_to_disk, and name the folder instead"
         )
-    return [_arrow(path, path.name) for path in paths]
+    return [SourceFile(path, path.name, Arrow()) for path in paths]

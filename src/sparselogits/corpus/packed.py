@@ -28,12 +28,7 @@ from sparselogits.corpus.holdout import (
     divide,
     document_counts,
 )
-from sparselogits.corpus.streams import (
-    Counts,
-    TokenStream,
-    part_name,
-    read_footer,
-)
+from sparselogits.corpus.streams import Counts, TokenStream, part_name, read_footer
 from sparselogits.corpus.windows import Packing, Window, text_length
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
@@ -52,51 +47,20 @@ tokens were two streams.
 _LARGEST_JSON = 1 << 24  # bytes; an index contains the length of each part
 _BLOCK = 1 << 20
 
-
 _Stream = TokenStream | SelectedStream
 
 
-def format_of(packing: Packing) -> int:
-    """Return the version of the format in which a packing is written."""
-    return 2 if packing.holdout else 1
-
-
-@dataclass(frozen=True)
 class Paths:
-    """Paths of the files and folders in a packed corpus."""
+    """Paths of the files in the folder of a packed corpus; `packer` describes the files."""
 
-    folder: Path
-    """Folder of the packed corpus."""
-
-    @property
-    def made_from(self) -> Path:
-        """Path of corpus.json, which describes the text, the tokenizer and the packing."""
-        return self.folder / "corpus.json"
-
-    @property
-    def index(self) -> Path:
-        """Path of index.json; written last, so its presence marks completion."""
-        return self.folder / "index.json"
-
-    @property
-    def training(self) -> Path:
-        """Folder with the parts of the token stream."""
-        return self.folder / "training"
-
-    @property
-    def holdout(self) -> Path:
-        """Folder with one document table per part (in format 1, with the held-out tokens)."""
-        return self.folder / "holdout"
-
-    @property
-    def frequencies(self) -> Path:
-        """Path of the table with the frequency of each id in the training windows."""
-        return self.folder / "frequencies.parquet"
-
-    @property
-    def lock(self) -> Path:
-        """Path of the lock file, which exists while the corpus is packed; see `claims`."""
-        return self.folder / "lock"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made_from = folder / "corpus.json"
+        self.index = folder / "index.json"  # written last, so its presence marks completion
+        self.training = folder / "training"
+        self.holdout = folder / "holdout"
+        self.frequencies = folder / "frequencies.parquet"
+        self.lock = folder / "lock"  # exists while the corpus is packed; see `claims`
 
     @property
     def begun(self) -> bool:
@@ -232,10 +196,7 @@ class PackedCorpus:
         return _reopen, (self.folder, self._holdout is self._training)
 
     def held_out_whole(self) -> PackedCorpus:
-        """Return a copy of the corpus in which all training windows are held out instead.
-
-        Use this for text that is packed only for evaluation.
-        """
+        """Return a copy in which all training windows are held out, for text used in evaluation."""
         other = copy(self)
         other._holdout, other.holdout_windows = self._training, self.windows
         return other
@@ -243,20 +204,17 @@ class PackedCorpus:
     def in_words(self) -> str:
         """Describe the documents, the windows and the hold-out in a sentence, for display."""
         summary, length = self.summary, self.packing.window_length
-        documents = summary.documents + summary.holdout_documents
-        text = counted(documents, "document")
-        text += f", {counted(self.windows, 'window')} of {length} tokens"
+        documents = counted(summary.documents + summary.holdout_documents, "document")
+        text = f"{documents}, {counted(self.windows, 'window')} of {length} tokens"
         if self.packing.of_documents:
             text += ", one document per window"
         if summary.blank_documents:
             text += f"; {counted(summary.blank_documents, 'document')} without text left out"
         if not self.packing.holdout:
             return text
-        total = summary.tokens + summary.holdout_tokens
-        share = self.holdout_windows * length / max(total, 1)
-        text += (
-            f"; held out for evaluation: {counted(self.holdout_windows, 'window')} ({share:.1%}), "
-        )
+        held, total = self.holdout_windows, summary.tokens + summary.holdout_tokens
+        share = held * length / max(total, 1)
+        text += f"; held out for evaluation: {counted(held, 'window')} ({share:.1%}), "
         if summary.holdout_rule != "windows":
             return text + counted(summary.holdout_documents, "whole document")
         text += "the last of the text"
@@ -340,33 +298,19 @@ def _reopen(folder: Path, whole: bool) -> PackedCorpus:
 
 
 def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a source's description for publication, without the folders in the source's name.
-
-    Args:
-        source: description from `Source.to_json`.
-    """
+    """Return a description from `Source.to_json` without the folders in the source's name."""
     return {**source, "name": label_of(str(source.get("name", "")))}
 
 
 def text_fingerprint(source: Mapping[str, Any]) -> str:
-    """Return the hexadecimal sha256 of a source's description, ignoring the source's name.
-
-    Args:
-        source: description from `Source.to_json`.
-    """
+    """Return the hexadecimal sha256 of a description from `Source.to_json` without the name."""
     return hashlib.sha256(
         canonical_json({key: value for key, value in source.items() if key != "name"})
     ).hexdigest()
 
 
 def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> None:
-    """Complete a packed corpus: select the hold-out, and write frequencies and index.
-
-    Args:
-        paths: paths of the corpus.
-        parts: number of parts, all of which exist.
-        packing: rules that form windows from documents.
-        vocab_size: number of ids.
+    """Complete a packed corpus of `parts` parts: select the hold-out, write frequencies and index.
 
     Raises:
         NoWindowsError: the text does not fill the required windows.
@@ -395,8 +339,10 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
         frequencies = _counted(training, 0, used, vocab_size)
         documents, characters = document_counts(paths.holdout, lengths, split, length)
         whole, index["holdout"] = split.windows * length, split.to_json()
-        split_documents = _split_documents(stream, split, length)
-        rules = {"holdout_rule": split.rule, "split_documents": split_documents}
+        rules = {"holdout_rule": split.rule, "split_documents": 0}
+        if split.rule == "windows":  # at most one document has training and held-out tokens
+            between = stream.read(split.training_windows * length, split.first * length + 1)
+            rules["split_documents"] = int(not between.starts.any())
     index["summary"] = {
         "documents": total.documents - documents,
         "characters": total.characters - characters,
@@ -413,14 +359,6 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
     pq.write_table(pa.table({"count": frequencies}), sink, write_page_checksum=True)
     write_whole(paths.frequencies, sink.getvalue().to_pybytes())
     write_whole(paths.index, canonical_json(index))
-
-
-def _split_documents(stream: TokenStream, split: Split, length: int) -> int:
-    """Return the number (0 or 1) of documents with both training and held-out tokens."""
-    if split.rule == "documents":
-        return 0
-    between = stream.read(split.training_windows * length, split.first * length + 1)
-    return int(not between.starts.any())
 
 
 def _counted(stream: _Stream, start: int, stop: int, vocab_size: int) -> NDArray[np.int64]:

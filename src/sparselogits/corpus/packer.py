@@ -38,7 +38,6 @@ from sparselogits.corpus.packed import (
     NoWindowsError,
     PackedCorpus,
     Paths,
-    format_of,
     public_source,
     write_index,
 )
@@ -102,22 +101,28 @@ def pack(
         >>> corpus.windows
         12034
     """
-    _check_ids(packing, vocab_size)
+    for name in ("separator_id", "bos_id", "padding_id"):
+        value = getattr(packing, name)
+        if value is not None and value >= vocab_size:
+            raise CorpusError(
+                f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids; use "
+                "the teacher's tokenizer, or give another id"
+            )
     if processes < 1 or part_bytes < 1:
         raise InvalidArgumentError(
             f"found processes={processes} and part_bytes={part_bytes}; give at least 1 for each"
         )
     paths = Paths(Path(out))
-    source = source.read_by(tokenizer).cut_by(packing, vocab_size)
+    source = source.read_by(tokenizer, packing, vocab_size)
     description = {
-        "format": format_of(packing),
+        "format": 2 if packing.holdout else 1,
         "source": public_source(source.to_json()),
         "tokenizer": str(tokenizer_fingerprint(tokenizer)),
         "vocab_size": vocab_size,
         "packing": packing.to_json(),
         "part_bytes": part_bytes,
     }
-    with disk_errors(paths.folder), claimed(paths, description) as claim:
+    with disk_errors(paths.folder), claimed(paths, description) as abandon:
         for folder in (paths.folder, paths.training, paths.holdout):
             clean_leftovers(folder)
         if not paths.index.exists():
@@ -127,19 +132,9 @@ def pack(
             try:
                 write_index(paths, len(portions), packing, vocab_size)
             except NoWindowsError:  # else the folder could not be packed with other settings
-                claim.abandon()
+                abandon()
                 raise
     return PackedCorpus.open(paths.folder)
-
-
-def _check_ids(packing: Packing, vocab_size: int) -> None:
-    for name in ("separator_id", "bos_id", "padding_id"):
-        value = getattr(packing, name)
-        if value is not None and value >= vocab_size:
-            raise CorpusError(
-                f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids; use "
-                "the teacher's tokenizer, or give another id"
-            )
 
 
 @dataclass(frozen=True)
@@ -191,11 +186,7 @@ def _pack_portion(
 
 
 def _append(writer: PartWriter, piece: Piece, encoded: Encoded, packing: Packing) -> int:
-    """Append the tokens of a piece to a part, with beginning-of-text token and separator.
-
-    Returns:
-        The number of appended tokens.
-    """
+    """Append a piece with its special tokens to a part; return the number of appended tokens."""
     writer.counts.characters += piece.stop - piece.start
     ids, learnt = encoded
     tokens = len(ids)
@@ -235,10 +226,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _write_parts(
-    work: _Work,
-    portions: Sequence[Portion],
-    processes: int,
-    progress: Progress | None,
+    work: _Work, portions: Sequence[Portion], processes: int, progress: Progress | None
 ) -> None:
     """Write the parts that do not exist yet."""
     sizes = [sum(span.size for span in portion) for portion in portions]
@@ -249,19 +237,17 @@ def _write_parts(
         if progress is not None:
             progress(done + packed, total)
 
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        report(0)
+
     report(0)
-    if processes == 1 or len(todo) < 2:
-        packed = 0
-
-        def advance(size: int) -> None:
-            nonlocal packed
-            packed += size
-            report(packed)
-
-        for number in todo:
-            _pack_portion(work, portions[number], number, advance)
-    else:
+    if processes > 1 and len(todo) > 1:
         _in_processes(work, portions, todo, min(processes, len(todo)), report)
+        return
+    for number in todo:
+        _pack_portion(work, portions[number], number, advance)
 
 
 def _in_processes(

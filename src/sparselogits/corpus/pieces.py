@@ -3,18 +3,13 @@
 A document may be larger than memory, so it is tokenised in pieces. A cut changes the tokens near it
 (a split word, a space that belonged to the next word), and some tokenizers add a space before every
 text. Therefore a piece is tokenised with margins: up to `MARGIN_BYTES` of the document before and
-after its text. Only the tokens that *start* between the margins are used. Both neighbours of a cut
-are tokenised with the same text around the cut, so exactly one of them uses each token there.
+after the piece (together up to 1.6 % of the document). Only the tokens that *start* between the
+margins are used. Both neighbours of a cut are tokenised with the same text around the cut, so
+exactly one of them uses each token there.
 
-If the tokenizer's segmentation at a point depends on at most `MARGIN_BYTES` around it (as in every
-tokenizer that splits text into words first, if no word is longer), the tokens of the pieces equal
-the tokens of the whole document. A piece is cut between a line break and a line that begins with
-text, or, in a very long line, between two words. Where `PIECE_BYTES` / 2 bytes contain no white
-space, it is cut between two characters without margins. No text is lost or repeated then, but a
-token may be split.
-
-At most 2 * MARGIN_BYTES / PIECE_BYTES = 1.6 % of a long document is tokenised twice; a document of
-up to `PIECE_BYTES` has no margins.
+The tokens equal those of the whole document if the tokenizer's segmentation at a point depends on
+at most `MARGIN_BYTES` around it, as in tokenizers that split text into words first. Text without
+white space is cut between two characters without margins, so a token may be split there.
 """
 
 from __future__ import annotations
@@ -55,11 +50,7 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of one document: consecutive characters that are tokenised at once, or token ids.
-
-    The pieces of a document are consecutive. A document that spans two portions of a source has its
-    first piece in one portion and its last piece in the other.
-    """
+    """Part of one document: consecutive characters that are tokenised at once, or token ids."""
 
     text: str
     """Text of the piece with its margins."""
@@ -69,13 +60,13 @@ class Piece:
     """Index in `text` of the first character of the right margin."""
     key: int
     """Key of the document, from `document_key`; equal in all of its pieces."""
-    opens: bool
+    opens: bool = True
     """Whether this is the first piece of its document."""
-    closes: bool
+    closes: bool = True
     """Whether this is the last piece of its document."""
-    carries_target: bool
+    carries_target: bool = True
     """Whether the tokens carry targets; false for a prompt if only completions do."""
-    size: int
+    size: int = 0
     """Number of bytes that the piece occupies in the source, for progress."""
     learnt: tuple[tuple[int, int], ...] | None = None
     """Ascending ranges [start, stop) of characters in `text`; their tokens carry targets. None if
@@ -102,21 +93,14 @@ class Piece:
 
 
 def blank_piece(size: int) -> Piece:
-    """Return the piece of a document without text.
-
-    Args:
-        size: number of bytes that the document occupies in the source.
-    """
-    return Piece("", 0, 0, 0, opens=True, closes=True, carries_target=True, size=size)
+    """Return the piece of a document without text that occupies `size` bytes in the source."""
+    return Piece("", 0, 0, 0, size=size)
 
 
 def document_key(head: bytes) -> int:
-    """Return the hash in [0, 2^64) that determines whether a document is held out.
+    """Return the hash in [0, 2^64) of a document's first `HEAD_BYTES` bytes in UTF-8.
 
-    Equal documents have equal keys, so copies of a document are not divided by the hold-out.
-
-    Args:
-        head: first `HEAD_BYTES` bytes of the document in UTF-8; all bytes of a shorter document.
+    The hash determines whether the document is held out, so copies of a document are on one side.
     """
     return int.from_bytes(hashlib.blake2b(_SALT + head[:HEAD_BYTES], digest_size=8).digest())
 
@@ -133,7 +117,7 @@ def cut_pieces(
     """Yield the pieces of a document's bytes [start, stop).
 
     Args:
-        read: reads bytes of the file or string that holds the document.
+        read: reads bytes of the file or string that contains the document.
         start: offset of the first byte, from `next_cut` or the beginning of the document.
         stop: offset after the last byte, from `next_cut` or the end of the document.
         document: offsets of the document's first byte and after its last byte; margins stay within
@@ -166,23 +150,17 @@ def cut_pieces(
             key,
             opens=begin == first,
             closes=end == last,
-            carries_target=True,
             size=end - begin,
         )
         begin = end
 
 
 def next_cut(read: Read, start: int, stop: int) -> int:
-    """Return the end of the piece that starts at `start`: at most `PIECE_BYTES` later.
+    """Return the end of the piece that starts at `start`, in a document that ends at `stop`.
 
-    The end lies in the second half of that range: after the last line break that is followed by
-    text; if there is none, before the last space between two words (tokenizers join it with the
-    next word, so no token crosses the cut); otherwise before any character.
-
-    Args:
-        read: reads bytes of the file or string that contains the document.
-        start: offset of the piece's first byte.
-        stop: offset after the document's last byte.
+    The end lies in the second half of the next `PIECE_BYTES` bytes: after the last line break that
+    is followed by text; if there is none, before the last space between two words (tokenizers join
+    the space with the next word, so no token crosses the cut); otherwise before any character.
     """
     if stop - start <= PIECE_BYTES:
         return stop

@@ -6,10 +6,7 @@ contain records of different forms. Prompt and completion are tokenised separate
 with `completion_only` the tokens of the prompt carry no targets. A conversation (`prompt` and
 `completion` may be messages, too) is rendered to one text by a chat template and tokenised at once,
 as transformers' `apply_chat_template` does; its completions are the assistant's turns. A record
-without text (null, empty or only white space) becomes a blank piece, which is counted but not
-packed. With `completion_only`, so does a record that has no completion.
-
-Records of token ids (`token_rows`) are read only if the user names their tokenizer.
+without text (with `completion_only`, without a completion) is counted but not packed.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from sparselogits.corpus.chat import ChatTemplate, Rendered
-from sparselogits.corpus.conversation import EXTRAS, MESSAGES, conversation_of, holds_messages
+from sparselogits.corpus.conversation import EXTRAS, MESSAGES, conversation_of
 from sparselogits.corpus.pieces import (
     PIECE_BYTES,
     Piece,
@@ -63,15 +60,10 @@ class Fields:
     """Settings for reading token ids; None if the records contain text."""
 
     def columns(self, found: Collection[str], where: Where) -> list[str]:
-        """Return the columns that must be read from a table.
-
-        Args:
-            found: names of the table's columns.
-            where: function that returns the name of the table's file, for errors.
+        """Return the columns to read from a table that has the columns `found`.
 
         Raises:
-            CorpusError: no column could contain text; the message contains the file and its
-                columns.
+            CorpusError: no column could contain text; the message contains the table's columns.
         """
         if self.tokens is not None:
             return [name for name in COLUMNS if name in found]
@@ -86,13 +78,8 @@ class Fields:
     def chosen(self, record: Mapping[str, Any], where: Where) -> list[str]:
         """Return the names of the fields that contain a record's text.
 
-        Args:
-            record: values by field name.
-            where: function that returns the position of the record, for errors.
-
         Raises:
-            CorpusError: no field contains text; the message contains the record's position and
-                fields.
+            CorpusError: no field contains text; the message contains the record's fields.
         """
         forms = self._forms(record)
         if self.completion_only and _is_list_of_objects(record.get(self.text)):
@@ -108,7 +95,8 @@ class Fields:
     def kept(self, record: Mapping[str, Any], where: Where) -> dict[str, Any]:
         """Return the fields of a record that determine its text or tokens, by name.
 
-        The arguments and errors are those of `chosen`.
+        Raises:
+            CorpusError: see `chosen`.
         """
         if self.tokens is not None:
             return {name: record[name] for name in COLUMNS if record.get(name) is not None}
@@ -142,15 +130,12 @@ class Fields:
 
 
 def is_conversation(record: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Return whether the selected fields of a record contain messages.
-
-    Args:
-        record: values by field name.
-        names: names of the fields, from `Fields.chosen`.
-    """
+    """Return whether the fields of a record that `Fields.chosen` selected contain messages."""
     if names[0] in MESSAGES or _is_list_of_objects(record[names[0]]):
         return True
-    return len(names) > 1 and any(holds_messages(record[name]) for name in names)
+    return len(names) > 1 and any(
+        isinstance(record[name], list | tuple | Mapping) for name in names
+    )
 
 
 def _is_list_of_objects(value: object) -> bool:
@@ -159,10 +144,6 @@ def _is_list_of_objects(value: object) -> bool:
 
 def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
     """Yield the pieces of a record's text; a record without text yields one blank piece.
-
-    Args:
-        record: the record.
-        fields: names of the fields that contain text.
 
     Raises:
         CorpusError: a field is missing or does not contain text, or the chat template cannot render
@@ -246,15 +227,12 @@ def _field_pieces(raw: bytes, key: int, *, size: int, whole: int = 0) -> Iterato
     """Yield the pieces of a text; a text of at most max(whole, PIECE_BYTES) bytes is one piece."""
     if len(raw) <= max(whole, PIECE_BYTES):
         text = raw.decode()
-        yield Piece(
-            text, 0, len(text), key, opens=True, closes=True, carries_target=True, size=size
-        )
+        yield Piece(text, 0, len(text), key, size=size)
         return
-
-    def read(start: int, stop: int) -> bytes:
-        return raw[start:stop]
-
-    for piece in cut_pieces(read, 0, len(raw), document=(0, len(raw)), key=key, name=""):
+    pieces = cut_pieces(
+        lambda start, stop: raw[start:stop], 0, len(raw), document=(0, len(raw)), key=key, name=""
+    )
+    for piece in pieces:
         yield replace(piece, size=size if piece.opens else 0)
 
 

@@ -84,15 +84,15 @@ class Renderer:
 
     def __init__(self, template: Mapping[str, Any]) -> None:
         texts = (template["template"], template["with_tools"])
-        self._texts = [_SAME_DAY + t if "strftime_now" in t else t for t in texts]
-        self._special = dict(template["special_tokens"])
+        self.texts = [_SAME_DAY + t if "strftime_now" in t else t for t in texts]
+        self.special = dict(template["special_tokens"])
         closing = {str(token) for token in template["closing"] if token}
-        self._closing = sorted(closing, key=len, reverse=True)
-        self._eos = str(self._special.get("eos_token") or "")
+        self.closing = sorted(closing, key=len, reverse=True)
+        self.eos = str(self.special.get("eos_token") or "")
         self._wraps_strings: bool | None = None
 
     def rendered(self, request: Mapping[str, Any]) -> tuple[str, list[CharacterRange]]:
-        """Return a conversation's text and the character ranges of its loss mask.
+        """Return a conversation's text and the character ranges of the loss mask.
 
         Args:
             request: fields of a `conversation.Conversation`, and `masked`: whether to return the
@@ -105,109 +105,117 @@ class Renderer:
         messages = self._readable(render, request["messages"])
         if not request["masked"]:
             return render.text(messages), []
-        prompt = request["prompt"]
-        if prompt is not None:
+        if request["prompt"] is not None:
             text = render.text(messages)
-            return text, self._completion(render, messages, prompt, text)
+            return text, _Turns(render, messages, text).completion(request["prompt"])
         if _GENERATION.search(render.template):
             text, blocks = render.text_with_blocks(messages)
             if not any(map(_is_excluded, messages)):
                 return text, blocks
-            return text, _intersections(blocks, self._turns(render, messages, text))
+            return text, _intersections(blocks, _Turns(render, messages, text).ranges())
         text = render.text(messages)
-        return text, _union(self._turns(render, messages, text))
+        return text, _union(_Turns(render, messages, text).ranges())
 
-    def _turns(
-        self, render: _BoundTemplate, messages: Sequence[Message], text: str
-    ) -> list[CharacterRange]:
+    def _readable(self, render: _BoundTemplate, messages: Sequence[Message]) -> list[Message]:
+        """Convert the content of messages to a form that the template supports.
+
+        Content may be text or a list of parts. A template that supports only one form writes the
+        other in Python's notation or omits it.
+        """
+        given = list(messages)
+        if any(not isinstance(m.get("content", ""), str) or m.get("tool_calls") for m in given):
+            given = _without_python(render, given)
+        if self._wraps_strings is None:
+            self._wraps_strings = _wants_parts(render)
+        return [_in_parts(m) for m in given] if self._wraps_strings else given
+
+
+class _Turns:
+    """Locator of turns in the text of a conversation; `number` is the index of a turn's message."""
+
+    def __init__(self, render: _BoundTemplate, messages: Sequence[Message], text: str) -> None:
+        self._render, self._messages, self._text = render, messages, text
+        self._closing, self._eos = render.closing, render.eos
+
+    def ranges(self) -> list[CharacterRange]:
         """Return the ranges of the assistant's turns that are not excluded from the loss."""
         turns = [
-            number
-            for number, message in enumerate(messages)
+            self._range(number)
+            for number, message in enumerate(self._messages)
             if message["role"] == "assistant" and not _is_excluded(message)
         ]
-        spans = (self._turn(render, messages, number, text) for number in turns)
-        return [span for span in spans if span is not None]
+        return [turn for turn in turns if turn is not None]
 
-    def _turn(
-        self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
-    ) -> CharacterRange | None:
-        """Return the range of an assistant's turn in the text; None if the text lacks the turn."""
-        until = text if number + 1 == len(messages) else render.attempt(messages[: number + 1])
+    def completion(self, prompt: int) -> list[CharacterRange]:
+        """Return the range of all text after the first `prompt` messages."""
+        if prompt == len(self._messages):
+            return []
+        opened = self._messages[prompt]["role"] == "assistant"
+        return [(self._start(prompt, len(self._text), opened=opened), len(self._text))]
+
+    def _range(self, number: int) -> CharacterRange | None:
+        """Return the range of an assistant's turn; None if the text lacks the turn."""
+        messages, text, eos = self._messages, self._text, self._eos
+        last = number + 1 == len(messages)
+        until = text if last else self._render.attempt(messages[: number + 1])
         end: int | None = None
         if until is None:
-            end = self._end_from_example(render, messages, number, text)
+            end = self._end_from_example(number)
         elif text.startswith(until):
             end = len(until)
-        elif self._eos and text.startswith(until.removesuffix(self._eos)):
-            end = len(until.removesuffix(self._eos))
+        elif eos and text.startswith(until.removesuffix(eos)):
+            end = len(until.removesuffix(eos))
         else:
-            end = self._end_by_marker(render, messages, number, text, until)
+            end = self._end_by_marker(number, until)
         if end is None:
             return None
-        start = self._start(render, messages, number, text, end)
-        if number + 1 < len(messages) and messages[number + 1]["role"] != "assistant":
-            end = self._end_with_stop_token(text, start, end)
+        start = self._start(number, end)
+        if not last and messages[number + 1]["role"] != "assistant":
+            end = self._end_with_stop_token(start, end)
         return start, end
 
-    def _end_with_stop_token(self, text: str, start: int, end: int) -> int:
+    def _end_with_stop_token(self, start: int, end: int) -> int:
         """Return the end of a turn including its stop token.
 
         Some templates (GLM's) write no end-of-turn token, because the model stops by generating the
         next message's role token.
         """
-        turn = text[start:end].rstrip()
+        turn = self._text[start:end].rstrip()
         if any(turn.endswith(token) for token in self._closing):
             return end
-        following = (token for token in self._closing if text.startswith(token, end))
-        return end + len(next(following, ""))
+        return end + len(self._closing_token(end))
 
-    def _completion(
-        self, render: _BoundTemplate, messages: Sequence[Message], prompt: int, text: str
-    ) -> list[CharacterRange]:
-        """Return the range of the completion: all text after the prompt."""
-        if prompt == len(messages):
-            return []
-        opened = messages[prompt]["role"] == "assistant"
-        start = self._start(render, messages, prompt, text, len(text), opened=opened)
-        return [(start, len(text))]
+    def _closing_token(self, at: int) -> str:
+        """Return the added token at a position of the text; "" if there is none."""
+        return next((token for token in self._closing if self._text.startswith(token, at)), "")
 
-    def _end_by_marker(
-        self,
-        render: _BoundTemplate,
-        messages: Sequence[Message],
-        number: int,
-        text: str,
-        until: str,
-    ) -> int | None:
-        """Return the end of a message's turn in the text; None if the text lacks the turn.
+    def _position_of(self, number: int, marked: Message) -> int | None:
+        """Return the marker's position in the text, given the marked copy of a message."""
+        before, after = self._messages[:number], self._messages[number + 1 :]
+        return self._render.marker_position([*before, marked, *after], self._text)
 
-        Args:
-            render: the template.
-            messages: messages of the conversation.
-            number: index of the message.
-            text: rendering of all messages.
-            until: rendering of the messages up to this one.
+    def _end_by_marker(self, number: int, until: str) -> int | None:
+        """Return the end of a turn; None if the text lacks the turn.
+
+        `until` is the rendering of the messages up to this one.
         """
-        before, after = messages[:number], messages[number + 1 :]
         in_until = in_text = False
-        for marked in render.with_marker(messages[number]):
-            inside = render.marker_position([*before, marked], until)
-            at = render.marker_position([*before, marked, *after], text)
+        for marked in self._render.with_marker(self._messages[number]):
+            inside = self._render.marker_position([*self._messages[:number], marked], until)
+            at = self._position_of(number, marked)
             in_until, in_text = in_until or inside is not None, in_text or at is not None
             if inside is None or at is None:
                 continue
-            rest, closing = text[at:], until[inside:]
+            closing = until[inside:]
             for ending in dict.fromkeys((closing, closing.removesuffix(self._eos or " "))):
-                if rest.startswith(ending):
+                if self._text.startswith(ending, at):
                     return at + len(ending)
             # the last turn may end with another token than earlier ones (<|return|> and <|end|>)
             last = next((token for token in self._closing if closing.endswith(token)), None)
-            if last is not None and rest.startswith(closing.removesuffix(last)):
+            if last is not None and self._text.startswith(closing.removesuffix(last), at):
                 end = at + len(closing) - len(last)
-                for token in self._closing:
-                    if text.startswith(token, end):
-                        return end + len(token)
+                if token := self._closing_token(end):
+                    return end + len(token)
         if in_until and not in_text:
             return None
         raise RenderError(
@@ -215,27 +223,12 @@ class Renderer:
             f"{number + 1} cannot be located in the whole text. {_ADVICE}"
         )
 
-    def _start(
-        self,
-        render: _BoundTemplate,
-        messages: Sequence[Message],
-        number: int,
-        text: str,
-        end: int,
-        *,
-        opened: bool = True,
-    ) -> int:
-        """Return the start of an answer in the text, after the generation prompt.
+    def _start(self, number: int, end: int, *, opened: bool = True) -> int:
+        """Return the start of an answer, at most `end`.
 
-        Args:
-            render: the template.
-            messages: messages of the conversation.
-            number: index of the answer's message.
-            text: rendering of all messages.
-            end: end of the answer; the result is not beyond it.
-            opened: whether the answer follows a generation prompt.
+        If `opened`, the answer follows a generation prompt, which is not part of the answer.
         """
-        history = messages[:number]
+        render, text, history = self._render, self._text, self._messages[:number]
         prompt = render.attempt(history, opened=opened)
         if prompt is not None and text.startswith(prompt):
             return len(prompt)
@@ -244,11 +237,11 @@ class Renderer:
             return min(end, max(len(before), self._shared_prefix(prompt, text)))
         if prompt is not None and history:
             for marked in render.with_marker(history[-1]):
-                at = render.marker_position([*history[:-1], marked, *messages[number:]], text)
+                at = self._position_of(number - 1, marked)
                 inside = render.marker_position([*history[:-1], marked], prompt, opened=opened)
                 if at is not None and inside is not None:
                     return min(end, at + self._shared_prefix(prompt[inside:], text[at:]))
-        start = self._start_from_example(render, messages, number, text)
+        start = self._start_from_example(number)
         if start is not None and start <= end:
             return start
         raise RenderError(
@@ -256,20 +249,17 @@ class Renderer:
             f"{number + 1} cannot be located in the whole text. {_ADVICE}"
         )
 
-    def _start_from_example(
-        self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
-    ) -> int | None:
+    def _start_from_example(self, number: int) -> int | None:
         """Return the start of an answer, located by the generation prompt in an example.
 
         This is used for an assistant's message that begins a conversation, because there are no
         earlier messages to render with a generation prompt.
         """
-        before, after = messages[:number], messages[number + 1 :]
-        marked = render.with_marker(messages[number])
-        positions = (render.marker_position([*before, copy, *after], text) for copy in marked)
+        marked = self._render.with_marker(self._messages[number])
+        positions = (self._position_of(number, message) for message in marked)
         at = min((position for position in positions if position is not None), default=None)
-        prompt = render.attempt([_QUESTION], opened=True)
-        plain = render.attempt([_QUESTION])
+        prompt = self._render.attempt([_QUESTION], opened=True)
+        plain = self._render.attempt([_QUESTION])
         if at is None or prompt is None or plain is None:
             return None
         plain = plain if prompt.startswith(plain) else plain.removesuffix(self._eos)
@@ -277,31 +267,30 @@ class Renderer:
         if header == prompt:
             return None
         while header.strip():
-            if (found := text.rfind(header, 0, at)) >= 0:
+            if (found := self._text.rfind(header, 0, at)) >= 0:
                 return found + len(header)
             header = header.rstrip()  # remove the last word, which may begin a thought
             header = header[: max(header.rfind(" "), header.rfind("\n")) + 1]
         return None
 
-    def _end_from_example(
-        self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
-    ) -> int:
+    def _end_from_example(self, number: int) -> int:
         """Return the end of a turn, located by the text after the answer in an example."""
-        message = messages[number]
-        answer = [_QUESTION, {"role": message["role"], "content": "A"}]
-        example = render.attempt(answer)
+        render, message = self._render, self._messages[number]
+        answer = {"role": message["role"], "content": "A"}
+        example = render.attempt([_QUESTION, answer])
         for marked in render.with_marker(message) if not message.get("tool_calls") else ():
             content = marked.get("content")
-            if (
-                example is None
-                or not isinstance(content, str)
-                or not content.rstrip().endswith(render.marker)
-            ):
+            at_end = isinstance(content, str) and content.rstrip().endswith(render.marker)
+            if example is None or not at_end:
                 continue
-            answer_with_marker = {**answer[1], "content": "A" + render.marker}
+            answer_with_marker = {**answer, "content": "A" + render.marker}
             inside = render.marker_position([_QUESTION, answer_with_marker], example)
-            at = render.marker_position([*messages[:number], marked, *messages[number + 1 :]], text)
-            if inside is not None and at is not None and text.startswith(example[inside:], at):
+            at = self._position_of(number, marked)
+            if (
+                inside is not None
+                and at is not None
+                and self._text.startswith(example[inside:], at)
+            ):
                 return at + len(example) - inside
         raise RenderError(
             f"the chat template cannot render the first {number + 1} messages alone, so the text "
@@ -323,27 +312,15 @@ class Renderer:
             length -= 1
         return length
 
-    def _readable(self, render: _BoundTemplate, messages: Sequence[Message]) -> list[Message]:
-        """Convert the content of messages to a form that the template supports.
-
-        Content may be text or a list of parts. A template that supports only one form writes the
-        other in Python's notation or omits it.
-        """
-        given = list(messages)
-        if any(not isinstance(m.get("content", ""), str) or m.get("tool_calls") for m in given):
-            given = _without_python(render, given)
-        if self._wraps_strings is None:
-            self._wraps_strings = _wants_parts(render)
-        return [_in_parts(m) for m in given] if self._wraps_strings else given
-
 
 class _BoundTemplate:
     """Template bound to the tools and variables of one conversation."""
 
     def __init__(self, renderer: Renderer, request: Mapping[str, Any]) -> None:
-        self.template = renderer._texts[request["tools"] is not None]
+        self.closing, self.eos = renderer.closing, renderer.eos
+        self.template = renderer.texts[request["tools"] is not None]
         self._given = {"tools": request["tools"], "documents": request["documents"]}
-        self._variables = {**renderer._special, **request["variables"]}
+        self._variables = {**renderer.special, **request["variables"]}
         for name in ("messages", "tools", "documents", *_OPTIONS):
             self._variables.pop(name, None)
         given = json.dumps([request["messages"], self._given, self._variables])
@@ -397,7 +374,7 @@ class _BoundTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _start_clock()
+        _set_timer("ITIMER_PROF", _cpu_seconds)
         try:
             rendered, marks = render_jinja_template(
                 conversations=[list(messages)],
@@ -589,45 +566,36 @@ def _union(spans: Sequence[CharacterRange]) -> list[CharacterRange]:
 _cpu_seconds = 0
 
 
-def _start_clock() -> None:
-    """Start the timer that ends this process if a rendering takes too long."""
-    if _cpu_seconds:
-        signal.setitimer(signal.ITIMER_PROF, _cpu_seconds)
+def _set_timer(name: str, seconds: int) -> None:
+    """Set the timer that ends this process (0: stop it), if `serve` runs and timers exist."""
+    if _cpu_seconds and hasattr(signal, "setitimer"):
+        signal.setitimer(getattr(signal, name), seconds)
 
 
 def serve(cpu_seconds: int, memory_bytes: int, idle_seconds: int) -> None:
-    """Answer requests on standard input until its end.
-
-    Args:
-        cpu_seconds: maximum processor time per rendering.
-        memory_bytes: maximum memory in addition to that of the process at its start.
-        idle_seconds: time without a request after which the process ends.
-    """
+    """Answer requests on standard input until its end; the arguments are the limits in `chat`."""
     global _cpu_seconds
     import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)
 
+    _cpu_seconds = cpu_seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
-    if hasattr(signal, "setitimer"):
-        _cpu_seconds = cpu_seconds
+    if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.setitimer(signal.ITIMER_REAL, idle_seconds)
+    _set_timer("ITIMER_REAL", idle_seconds)
     _limit_memory(memory_bytes)
     renderer: Renderer | None = None
     for line in sys.stdin.buffer:
-        if _cpu_seconds:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timer("ITIMER_REAL", 0)
         request = json.loads(line)
         if "template" in request:
             renderer, answer = Renderer(request["template"]), {}
         else:
             assert renderer is not None
             answer = _answer(renderer, request)
-        if _cpu_seconds:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+        _set_timer("ITIMER_PROF", 0)
         sys.stdout.buffer.write(json.dumps(answer or {"ready": True}).encode() + b"\n")
         sys.stdout.buffer.flush()
-        if _cpu_seconds:
-            signal.setitimer(signal.ITIMER_REAL, idle_seconds)
+        _set_timer("ITIMER_REAL", idle_seconds)
 
 
 def _answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, Any]:

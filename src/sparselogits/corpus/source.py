@@ -11,8 +11,8 @@
     open_source("tokens.bin", tokenized_by=tokenizer)   token ids of a trainer, see `token_rows`
 
 Documents are in a stable order: files by their relative path, and within each file from its
-beginning. The source is divided into portions that depend only on the source and the requested
-size; packing distributes the portions over processes and resumes after the last finished ones.
+beginning. Packing distributes portions of the source over processes; their boundaries depend only
+on the source and the requested size.
 """
 
 from __future__ import annotations
@@ -78,10 +78,9 @@ class Source:
     def fingerprint(self) -> str:
         """Hexadecimal sha256 of every file's relative name, size and content samples.
 
-        Samples are the first and last 64 KiB and sixteen blocks in between, so the cost does not
-        grow with the size of the files. A change outside the samples that does not change the size
-        is not detected. Times and absolute paths are not hashed, so a copy of the files has the
-        same fingerprint.
+        Samples are the first and last 64 KiB and sixteen blocks in between. A change outside the
+        samples that does not change the size is not detected. Times and absolute paths are not
+        hashed, so a copy of the files has the same fingerprint.
         """
         digest = hashlib.sha256()
         for file in self.files:
@@ -125,17 +124,22 @@ class Source:
             "also_of_another_split": [name for group in self.shared for name in group.names],
         }
 
-    def read_by(self, tokenizer: Any) -> Source:
-        """Return a copy of the source that renders conversations with a tokenizer's chat template.
+    def read_by(
+        self, tokenizer: Any, packing: Packing | None = None, vocab_size: int = 0
+    ) -> Source:
+        """Return a copy of the source with the settings for packing; `pack` calls this method.
 
-        `to_json` of the copy contains the hash of the template. A source without records is
-        returned unchanged. `pack` calls this method.
+        The copy renders conversations with the tokenizer's chat template, and `to_json` of the copy
+        contains the hash of the template.
 
         Args:
             tokenizer: a transformers tokenizer.
+            packing: rules that form windows; required for token ids.
+            vocab_size: number of columns in the teacher's head; token ids must be smaller.
 
         Raises:
             IdentityMismatchError: the source contains token ids of another tokenizer.
+            InvalidArgumentError: rows of ids are joined, but each window is to have one document.
         """
         if (tokens := self.fields.tokens) is not None:
             require_tokenizer(
@@ -145,32 +149,16 @@ class Source:
                 whose="the teacher's tokenizer",
                 origin=label_of(self.name),
             )
-            return self
+            if tokens.joined and packing is not None and packing.of_documents:
+                raise InvalidArgumentError(
+                    "found join_rows with the packing kind 'documents'; joined rows are no "
+                    "documents, so leave one of them out (--join-rows, --packing documents)"
+                )
+            tokens = replace(tokens, packing=packing, vocab_size=vocab_size)
+            return replace(self, fields=replace(self.fields, tokens=tokens))
         if not any(file.format.holds_records for file in self.files):
             return self
         return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
-
-    def cut_by(self, packing: Packing, vocab_size: int) -> Source:
-        """Return a copy of the source whose token ids are cut into windows as `packing` states.
-
-        A source of text is returned unchanged. `pack` calls this method.
-
-        Args:
-            packing: rules that form windows.
-            vocab_size: number of columns in the teacher's head; ids must be smaller.
-
-        Raises:
-            InvalidArgumentError: rows of ids are joined, but each window is to have one document.
-        """
-        if self.fields.tokens is None:
-            return self
-        if self.fields.tokens.joined and packing.of_documents:
-            raise InvalidArgumentError(
-                "found join_rows with the packing kind 'documents'; joined rows are no documents, "
-                "so leave one of them out (--join-rows, --packing documents)"
-            )
-        tokens = replace(self.fields.tokens, packing=packing, vocab_size=vocab_size)
-        return replace(self, fields=replace(self.fields, tokens=tokens))
 
     def portions(self, portion_bytes: int) -> list[Portion]:
         """Divide the source into consecutive portions of about `portion_bytes` bytes."""

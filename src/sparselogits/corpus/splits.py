@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -75,20 +76,14 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
     for split, own in patterns.items():
         matched: dict[str, None] = {}
         for pattern in own:
-            try:
+            with suppress(FileNotFoundError):
                 matched |= dict.fromkeys(resolve(pattern))
-            except FileNotFoundError:
-                continue
         found[str(split)] = list(matched)
     return None if set(patterns) == {"train"} and set(found["train"]) == everything else found
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
-    """Return the names that `datasets.data_files.resolve_pattern` would return.
-
-    Raises:
-        FileNotFoundError: no name matches.
-    """
+    """Return the names that `datasets.data_files.resolve_pattern` would return, at least one."""
     from datasets.data_files import FILES_TO_IGNORE
     from fsspec.utils import glob_translate
 
@@ -142,11 +137,8 @@ def _chosen(
                 f"{known}; name one of those"
             )
         return by_name[name]
-    default = [
-        config
-        for key, config in by_name.items()
-        if len(by_name) == 1 or key == "default" or config.get("default")
-    ]
+    default = [own for key, own in by_name.items() if key == "default" or own.get("default")]
+    default = list(by_name.values()) if len(by_name) == 1 else default
     if len(default) != 1:
         raise CorpusError(
             f"{folder} has several configurations ({known}) and {len(default) or 'no'} default; "

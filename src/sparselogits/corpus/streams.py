@@ -11,8 +11,7 @@ id. A part is written completely or not at all (`sparselogits.files`), so a part
 complete.
 
 Packed text is distributed with a cache, so a part may be an untrusted file. The sizes claimed by
-its footer and its page headers are compared with the file's size and with the largest sizes that a
-part can have, before Parquet's reader allocates them.
+its footer and page headers are validated before Parquet's reader allocates them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ GROUP_TOKENS = 1 << 14
 """Number of tokens per row group."""
 
 _CACHED_GROUPS = 8
+_LARGEST_COLUMN = 8 * GROUP_TOKENS + 1024  # bytes per row group; a row has at most eight
 _LARGEST_FREQUENCIES = 1 << 22  # bytes: more than 262 144 ids of 12 bytes in base64
 _MOST_PAGES = 64
 _PLAIN = 0  # number of Parquet's plain encoding
@@ -65,8 +66,7 @@ class Counts:
     """Number of tokens, including separators and beginning-of-text tokens."""
 
     def __add__(self, other: Counts) -> Counts:
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        return Counts(**sums)
+        return Counts(*map(add, astuple(self), astuple(other)))
 
 
 class Tokens(NamedTuple):
@@ -129,10 +129,7 @@ def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]
 def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartWriter]:
     """Open a part for writing; the file appears if the block ends without an exception.
 
-    Args:
-        path: the file.
-        vocab_size: number of ids.
-        masked: whether some tokens carry no target.
+    `masked` states whether some tokens carry no target.
     """
     names = [("token", pa.int32()), ("document_start", pa.bool_())]
     schema = pa.schema([*names, ("learnt", pa.bool_())] if masked else names)
@@ -143,13 +140,7 @@ def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartW
 
 
 class PartWriter:
-    """Writer of one part of a stream; its memory does not grow with the part.
-
-    Args:
-        file: open Parquet file.
-        schema: columns of the file.
-        vocab_size: number of ids.
-    """
+    """Writer of one part of a stream; the required memory does not grow with the part."""
 
     def __init__(self, file: pq.ParquetWriter, schema: pa.Schema, vocab_size: int) -> None:
         self.counts = Counts()
@@ -171,12 +162,9 @@ class PartWriter:
         learnt: NDArray[np.bool_] | bool,
         starts: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Append tokens of one document, or of several documents.
+        """Append N tokens of one document, or of several documents that begin at `starts`.
 
-        Args:
-            ids: int64 [N] token ids.
-            learnt: whether each token (bool [N]), or every token, carries a target.
-            starts: whether each token is the first of a document, bool [N]; None for one document.
+        `learnt` states whether each token, or every token, carries a target.
 
         Raises:
             CorpusError: an id lies outside the vocabulary.
@@ -223,11 +211,7 @@ class PartWriter:
 
 
 def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]:
-    """Return the counts of a part, and the frequency of each id in it, int64 [V].
-
-    Args:
-        path: path of the part.
-        vocab_size: number V of ids.
+    """Return the counts of a part, and the frequency of each of the V ids in it, int64 [V].
 
     Raises:
         CorpusError: the part is damaged.
@@ -251,8 +235,7 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, lengths: Sequence[int]) -> None:
-        self._folder = folder
-        self._ends = np.cumsum(np.array(lengths, np.int64))
+        self._folder, self._bounds = folder, running_sums(lengths)
         self._groups: OrderedDict[tuple[int, int], Tokens] = OrderedDict()
         self._file: tuple[int, pq.ParquetFile] | None = None
         self._lock = threading.Lock()
@@ -260,11 +243,11 @@ class TokenStream:
     @property
     def tokens(self) -> int:
         """Number of tokens in the stream."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._bounds[-1])
 
     def begin(self, part: int) -> int:
         """Return the position in the stream at which a part begins."""
-        return int(self._ends[part - 1]) if part else 0
+        return int(self._bounds[part])
 
     def path(self, part: int) -> Path:
         """Return the path of a part."""
@@ -279,7 +262,7 @@ class TokenStream:
         ranges = []
         with self._lock:
             while start < stop:
-                part = int(np.searchsorted(self._ends, start, side="right"))
+                part = int(np.searchsorted(self._bounds, start, side="right")) - 1
                 group, first = divmod(start - self.begin(part), GROUP_TOKENS)
                 found = self._group(part, group).cut(first, first + stop - start)
                 ranges.append(found)
@@ -296,31 +279,38 @@ class TokenStream:
         return self._groups[key]
 
     def _decode(self, part: int, group: int) -> Tokens:
-        path, expected = self.path(part), int(self._ends[part]) - self.begin(part)
+        path, expected = self.path(part), self.begin(part + 1) - self.begin(part)
         try:
             if self._file is None or self._file[0] != part:
                 groups = -(-expected // GROUP_TOKENS)
                 self._file = part, open_part(path, groups, extra=_LARGEST_FREQUENCIES)
-            require_plausible_group(path, self._file[1], group, GROUP_TOKENS)
+            _require_plausible_group(path, self._file[1], group)
             table = self._file[1].read_row_group(group)
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             tokens = Tokens(columns["token"], columns["document_start"], columns.get("learnt"))
             if tokens.ids.dtype != np.int32 or tokens.starts.dtype != np.bool_:
                 raise PartError(f"its tokens are {tokens.ids.dtype}, expected int32")
-        except (OSError, pa.ArrowException, KeyError, ValueError, IndexError) as error:
+        except (
+            OSError,
+            pa.ArrowException,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise damaged(path, error) from error
         if len(tokens.ids) != min(GROUP_TOKENS, expected - group * GROUP_TOKENS):
             raise damaged(path, f"row group {group} has {len(tokens.ids)} tokens")
         return tokens
 
 
-def damaged(path: Path, error: Any) -> CorpusError:
-    """Return the error for a damaged file of a packed corpus.
+def running_sums(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return 0 and the running sums of N lengths, int64 [N + 1]."""
+    return np.append(0, np.cumsum(np.array(lengths, np.int64)))
 
-    Args:
-        path: path of the file, two levels below the folder of the packed corpus.
-        error: description of the damage.
-    """
+
+def damaged(path: Path, error: Any) -> CorpusError:
+    """Return the error for a damaged file two levels below the folder of a packed corpus."""
     return CorpusError(
         f"{path} is damaged ({error}), so packed windows cannot be read. Delete the packed corpus "
         f"({path.parents[1]}) and pack it again from its text."
@@ -332,12 +322,7 @@ class PartError(ValueError):
 
 
 def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
-    """Open a part after checking the size of its footer.
-
-    Args:
-        path: path of the part.
-        groups: maximum number of row groups.
-        extra: maximum size of the key-value metadata, in bytes.
+    """Open a part with at most `groups` row groups and `extra` bytes of key-value metadata.
 
     Raises:
         PartError: the file is not Parquet, or its footer is larger than a part's can be.
@@ -365,53 +350,39 @@ def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
     )
 
 
-def require_plausible_group(path: Path, file: pq.ParquetFile, group: int, rows: int) -> None:
-    """Validate the sizes that the pages of a row group claim, before they are decoded.
-
-    Args:
-        path: path of the file.
-        file: the file, opened by `open_part`.
-        group: index of the row group.
-        rows: maximum number of rows; a row has at most eight bytes per column.
-
-    Raises:
-        PartError: the group has too many rows, columns or pages, or its pages claim too many bytes.
-        ThriftError: a page header cannot be read.
-    """
+def _require_plausible_group(path: Path, file: pq.ParquetFile, group: int) -> None:
+    """Validate the sizes that the pages of a row group claim, before the pages are decoded."""
     metadata = file.metadata.row_group(group)
-    if metadata.num_rows > rows or metadata.num_columns > 8:
+    if metadata.num_rows > GROUP_TOKENS or metadata.num_columns > 8:
         raise PartError(
             f"row group {group} has {metadata.num_rows} rows of {metadata.num_columns} columns, "
-            f"expected at most {rows} of 8"
+            f"expected at most {GROUP_TOKENS} of 8"
         )
-    allowed = 8 * rows + 1024
     descriptor = open_regular(path)
     try:
         for number in range(metadata.num_columns):
             chunk = metadata.column(number)
             size, start = chunk.total_compressed_size, chunk.data_page_offset
-            if chunk.has_dictionary_page or not 0 <= size <= allowed + (1 << 14):
+            if chunk.has_dictionary_page or not 0 <= size <= _LARGEST_COLUMN + (1 << 14):
                 raise PartError(f"column {number} of row group {group} claims {size} bytes")
-            _require_plausible_pages(os.pread(descriptor, size, start), rows, allowed)
+            _require_plausible_pages(os.pread(descriptor, size, start))
     finally:
         os.close(descriptor)
 
 
-def _require_plausible_pages(data: bytes, rows: int, allowed: int) -> None:
+def _require_plausible_pages(data: bytes) -> None:
     at = values = 0
     for _ in range(_MOST_PAGES):
         reader = CompactReader(data, at)
         header = reader.structure()
-        claimed, packed = header.get(2), header.get(3)
+        claimed, packed = header.get(2, -1), header.get(3, -1)
         page = header.get(5, {})
         values += page.get(1, 0)
         if (
             page.get(2) != _PLAIN  # other encodings claim further sizes within their data
-            or not isinstance(claimed, int)
-            or not isinstance(packed, int)
-            or not 0 <= claimed <= allowed
-            or not 0 <= packed <= allowed + (1 << 14)
-            or values > rows
+            or not 0 <= claimed <= _LARGEST_COLUMN
+            or not 0 <= packed <= _LARGEST_COLUMN + (1 << 14)
+            or values > GROUP_TOKENS
         ):
             raise PartError(
                 f"a page claims {claimed} bytes and {values} values in encoding {page.get(2)}"

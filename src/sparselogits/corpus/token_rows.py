@@ -89,10 +89,10 @@ def token_piece(
     opens: bool = True,
     closes: bool = True,
 ) -> Piece:
-    """Return the piece for a row of token ids, or for a part of a joined row.
+    """Return the piece for a row of at least one token id, or for a part of a joined row.
 
     Args:
-        ids: integer [N] token ids without padding, N >= 1.
+        ids: integer [N] token ids without padding.
         where: function that returns the name of the row, for errors.
         reading: settings.
         size: number of bytes that the row occupies in the source.
@@ -132,16 +132,11 @@ def token_piece(
         begins[count] = True
     key = document_key(padded.astype("<i4").tobytes())
     row = TokenRow(padded, flags, begins)
-    return Piece("", 0, 0, key, opens, closes, carries_target=True, size=size, tokens=row)
+    return Piece("", 0, 0, key, opens, closes, size=size, tokens=row)
 
 
 def require_fitting(count: int, where: _Where, reading: TokenReading) -> None:
-    """Validate that a row is not longer than a window, unless rows are joined.
-
-    Args:
-        count: number of tokens in the row.
-        where: function that returns the name of the row, for errors.
-        reading: settings.
+    """Validate that a row of `count` tokens is not longer than a window, unless rows are joined.
 
     Raises:
         CorpusError: the row is longer.
@@ -159,12 +154,6 @@ def record_row(
     values: Mapping[str, Any], where: _Where, size: int, reading: TokenReading
 ) -> Piece | None:
     """Return a record's row of token ids as a piece; None if the row has no tokens.
-
-    Args:
-        values: values of the record by field name.
-        where: function that returns the position of the record, for errors.
-        size: number of bytes that the record occupies in the source.
-        reading: settings.
 
     Raises:
         CorpusError: a column is missing, has another length, or contradicts another column.

@@ -3,9 +3,7 @@
 A cache's identity contains a fingerprint of all values that determine the ids for a text. A
 student does not need an equal fingerprint: an instruct model and its base have the same tokens, but
 may use different tokens as end of text or as padding, or one model may have additional tokens. Each
-shard therefore also records a hash of the vocabulary alone, the tokens that were added to the
-vocabulary, and the special token of each role (eos, pad, ...), so that messages can state the
-difference.
+shard therefore also records what is needed to compare the tokens (`TokenizerFingerprint.record`).
 """
 
 from __future__ import annotations

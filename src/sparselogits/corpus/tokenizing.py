@@ -71,9 +71,6 @@ class Encoder:
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         """Return the tokens of each piece, without the special tokens that the tokenizer adds.
 
-        Args:
-            pieces: pieces of text; pieces that are given as tokens are returned unchanged.
-
         Raises:
             CorpusError: the tokenizer fails on a text, or takes longer than `BATCH_SECONDS`.
         """
@@ -119,16 +116,12 @@ def _without_margins(encoding: Encoding, piece: Piece) -> Encoded:
 def _token_mask(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> NDArray[np.bool_]:
-    """Return bool [N], true for the tokens that belong to ranges of characters.
+    """Return whether each token, given by its range of characters, belongs to one of `spans`.
 
-    As in transformers' `assistant_masks`, the tokens of a range begin with the first one that
-    contains the range's first character, and end with the first one that contains its last. If no
+    As in transformers' `assistant_masks`, the tokens of a span begin with the first one that
+    contains the span's first character, and end with the first one that contains the last. If no
     token contains such a character (some tokenizers drop white space), the nearest token within the
-    range is used.
-
-    Args:
-        offsets: first character of each token, and one past its last character.
-        spans: ranges [start, stop) of characters.
+    span is used.
     """
     learnt = np.zeros(len(offsets), np.bool_)
     if not len(offsets):
@@ -157,19 +150,9 @@ def _encode_without_offsets(tokenizer: Any, piece: Piece) -> Encoded:
     return Encoded(_ids(ids), learnt)
 
 
-def _tokens_before(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
-    """Count the tokens of a text that lie within a prefix of the text.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        text: the prefix.
-        ids: tokens of the whole text.
-
-    Returns:
-        The number of tokens that lie completely within the prefix, and that number plus one if a
-        token crosses the end of the prefix.
-    """
-    before = tokenizer.encode(text, add_special_tokens=False)
+def _tokens_before(tokenizer: Any, prefix: str, ids: list[int]) -> tuple[int, int]:
+    """Return how many of a text's tokens `ids` lie completely, and at least partly, in a prefix."""
+    before = tokenizer.encode(prefix, add_special_tokens=False)
     pairs = enumerate(zip(before, ids, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(ids)))
     return same, min(len(ids), same + (same < len(before)))
@@ -184,9 +167,6 @@ def _encode_in_time(encode: Callable[..., list[Encoding]], texts: list[str]) -> 
 
     The regular expressions of a tokenizer are untrusted and may take exponential time. Python
     cannot stop a running one, so its thread is abandoned and ends with the process.
-
-    Raises:
-        CorpusError: the tokenizer fails, or does not finish in time.
     """
     if not texts:
         return []

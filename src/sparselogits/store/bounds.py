@@ -6,7 +6,6 @@ values before a student is trained on them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,41 +52,22 @@ class DamageError(ValueError):
 
 
 def entries_bound(block_bytes: int) -> int:
-    """Return the largest number of entries that windows decoded together may have.
-
-    Args:
-        block_bytes: total size of the windows' blocks in bytes.
-    """
+    """Return the largest number of entries in windows whose blocks have `block_bytes` in total."""
     return min(LARGEST_WINDOW, FREE_ENTRIES + ENTRIES_PER_BYTE * block_bytes)
 
 
 def description_bound(file_bytes: int) -> int:
-    """Return the largest size in bytes of the JSON description in a shard's footer.
-
-    Args:
-        file_bytes: size of the shard in bytes.
-    """
+    """Return the largest size in bytes of the JSON description in the footer of a shard."""
     return (1 << 18) + file_bytes // 8
 
 
 def footer_bound(groups: int, description: int) -> int:
-    """Return the largest size in bytes of a shard's footer.
-
-    Args:
-        groups: number of row groups.
-        description: size in bytes of the JSON description.
-    """
+    """Return the largest size of a footer, in bytes, given the size of its description."""
     return (1 << 14) + (1 << 11) * groups + description
 
 
 def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> float:
-    """Return the largest sum of a position's weights, which also bounds each weight.
-
-    Args:
-        sampler: name and parameters of the sampler, from the identity.
-        weights: kind of the weights; see `sparselogits.samplers.Stored`.
-        vocab_size: vocabulary size, V.
-    """
+    """Return the largest sum of a position's weights, which also bounds each weight."""
     if weights == COUNTS:
         return 1 + ROUNDING
     if weights == THRESHOLD:
@@ -100,11 +80,7 @@ def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> flo
 
 
 def require_bounds(identity: Identity, where: str) -> None:
-    """Validate the sizes in an identity.
-
-    Args:
-        identity: identity of a cache, read from its cache.json or about to be written.
-        where: description of the cache, for messages.
+    """Validate the sizes in the identity of a cache, which messages name as `where`.
 
     Raises:
         CacheError: a field is out of bounds; the message has its name, value and bounds.
@@ -120,9 +96,9 @@ def require_bounds(identity: Identity, where: str) -> None:
         ("codec.tau", codec.get("tau", 1), LEAST_TAU, 1),
     ):
         whole = name not in ("temperature", "codec.tau")
-        if not (_is_number(value) and (isinstance(value, int) or not whole)) or not (
-            least <= value <= most
-        ):
+        kinds = int if whole else (int, float)
+        # comparisons with NaN are False
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
             raise CacheError(
                 f"{where}: {name} is {shown(value)}, expected {'a whole' if whole else 'a'} number "
                 f"from {least:,} to {most:,}. cache.json is damaged or was not written by this "
@@ -145,7 +121,7 @@ def require_bounds(identity: Identity, where: str) -> None:
 
 
 def _require_packing(identity: Identity, where: str) -> None:
-    """Validate the packing settings in an identity. Raises CacheError."""
+    """Validate the packing settings in an identity."""
     packing, largest = identity.packing, identity.vocab_size - 1
     sound = {
         "window_length": packing.get("window_length", identity.window_length)
@@ -164,12 +140,3 @@ def _require_packing(identity: Identity, where: str) -> None:
                 f"windows of {identity.window_length} tokens with ids of 0 to {largest}: restore "
                 "cache.json from a copy"
             )
-
-
-def _is_number(value: object) -> bool:
-    """Return whether a value is an integer or a finite float, and not a bool."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and (isinstance(value, int) or math.isfinite(value))
-    )

@@ -182,10 +182,7 @@ class Cache:
         return inside(self.root, name)
 
     def provenance(self, start: int) -> dict[str, Any]:
-        """Return the provenance of the shard that contains a window.
-
-        Args:
-            start: index of the window in the corpus.
+        """Return the provenance of the shard that contains the window with that corpus index.
 
         Raises:
             CacheError: no shard contains the window.
@@ -241,10 +238,7 @@ class Cache:
     def statistics_by_text(
         self, texts: Sequence[TextSpan]
     ) -> tuple[CacheStatistics, list[CacheStatistics]]:
-        """Compute the statistics of the cache and of texts in it; each footer is read once.
-
-        Args:
-            texts: texts of the cache (`named_texts`).
+        """Compute the statistics of the cache and of some of its texts; each footer is read once.
 
         Raises:
             CacheCorruptionError: a shard is damaged.
@@ -270,20 +264,13 @@ class Cache:
         return CacheStatistics.total(list(shards.values())), by_text
 
     def entries_per_position(self, shards: int = 4) -> float:
-        """Estimate the mean entries per position with a target from the footers of some shards.
-
-        Args:
-            shards: largest number of shards to read.
-        """
+        """Estimate the mean entries per position with a target from the footers of some shards."""
         chosen = [self._shard(r).description for r in self.ranges[:shards]]
         positions = sum(int(found["positions"]) for found in chosen)
         return sum(int(found["entries"]) for found in chosen) / positions if positions else 0.0
 
     def decode(self, row: Mapping[str, Any]) -> SparseTargets:
-        """Decode the targets of a row that another tool has read from one of the shards.
-
-        Args:
-            row: columns of the row by name; see `Shard.decode_row`.
+        """Decode the targets of a row that another tool has read; see `Shard.decode_row`.
 
         Raises:
             InvalidArgumentError: a column is missing.
@@ -300,13 +287,10 @@ class Cache:
 
     def _listed(self) -> list[Range]:
         """Return the sorted ranges of the shards; list them unless they are known."""
-        if self._ranges is None:
-            self.finished()
-        assert self._ranges is not None
-        return self._ranges
+        return self.finished() if self._ranges is None else self._ranges
 
     def _locate(self, i: int) -> tuple[Range, int]:
-        """Return the shard and the row of the i-th window. Raises IndexError."""
+        """Return the shard and the row of the i-th window."""
         ranges, count = self._listed(), len(self)
         if not -count <= i < count:
             raise IndexError(f"window {i} is out of range for a cache of {count} windows")
@@ -315,7 +299,7 @@ class Cache:
         return ranges[index], i - self._before[index]
 
     def _range_of(self, window: int) -> Range:
-        """Return the range of the shard that contains a window of the corpus. Raises CacheError."""
+        """Return the range of the shard that contains a window of the corpus."""
         ranges = self._listed()
         index = bisect_right(ranges, (window, float("inf"))) - 1
         if index < 0 or not ranges[index][0] <= window < ranges[index][1]:
@@ -340,7 +324,7 @@ class Cache:
         return Shard(self.storage, shard_name(*shard_range), self.identity)
 
     def _require_consecutive(self, records: Sequence[WindowRecord]) -> None:
-        """Validate records, whose windows must be consecutive. Raises InvalidTargetsError."""
+        """Validate records, whose windows must be consecutive."""
         if not records:
             raise InvalidTargetsError("found no records; a shard contains at least one window")
         masked = self.identity.objective is not None
@@ -353,7 +337,7 @@ class Cache:
                 )
 
     def _require_reads_back(self, name: str, data: bytes, records: Sequence[WindowRecord]) -> None:
-        """Validate that an encoded shard decodes to its records. Raises CacheCorruptionError."""
+        """Validate that an encoded shard decodes to its records."""
         shard = Shard(FilesInMemory({name: data}), name, self.identity)
         for row, record in enumerate(records):
             if not same_record(shard.read(row), record):
@@ -367,13 +351,11 @@ class Cache:
 def read_identity(storage: ReadableFiles) -> Identity:
     """Read and validate the identity in cache.json.
 
-    Args:
-        storage: files of the cache.
-
     Raises:
         CacheError: cache.json is missing, or its format or codec version is unknown.
         CacheCorruptionError: cache.json is damaged.
     """
+    where = f"{storage.location}/{CACHE_JSON}"
     try:
         # reads a bounded number of bytes, without a request for the size
         raw = storage.read(CACHE_JSON, 0, LARGEST_CACHE_JSON + 1)
@@ -382,28 +364,22 @@ def read_identity(storage: ReadableFiles) -> Identity:
             f"there is no cache at {storage.location}: it has no {CACHE_JSON}. Check the path, or "
             "build a cache there with `sparselogits cache --out`"
         ) from error
-    if len(raw) > LARGEST_CACHE_JSON:
-        raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON} has more than {LARGEST_CACHE_JSON:,} bytes, the "
-            "largest valid size; restore it from a copy"
-        )
     try:
         content = parse_json(raw, largest=LARGEST_CACHE_JSON)
         identity = Identity.from_json(content["identity"])
         sound = content["fingerprint"] == identity.fingerprint
     except CacheError as error:  # the message lacks the location
-        raise CacheError(f"{storage.location}/{CACHE_JSON}: {error}") from error
+        raise CacheError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON} is damaged ({reason_of(error)}); restore it from a "
-            "copy"
+            f"{where} is damaged ({reason_of(error)}); restore it from a copy"
         ) from error
     if not sound:
         raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON} was edited or damaged: the identity does not match "
-            "its fingerprint. Restore the file from a copy"
+            f"{where} was edited or damaged: the identity does not match its fingerprint. Restore "
+            "the file from a copy"
         )
-    require_bounds(identity, f"{storage.location}/{CACHE_JSON}")
+    require_bounds(identity, where)
     TargetCodec.of(identity)
     return identity
 

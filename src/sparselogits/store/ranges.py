@@ -26,10 +26,7 @@ def shard_name(start: int, stop: int) -> str:
 
 
 def parse_shard_name(name: str) -> Range:
-    """Parse the range of windows from the name of a shard.
-
-    Args:
-        name: file name or path.
+    """Return the range of windows in the file name or path of a shard.
 
     Raises:
         ValueError: the name is not the name of a shard.
@@ -46,9 +43,6 @@ def parse_shard_name(name: str) -> Range:
 def listed_ranges(names: Iterable[str]) -> list[Range]:
     """Return the ranges of the shards in a directory listing, in window order.
 
-    Args:
-        names: file names; names of other files are skipped.
-
     Raises:
         CacheError: two shards overlap.
     """
@@ -64,30 +58,15 @@ def listed_ranges(names: Iterable[str]) -> list[Range]:
     return ranges
 
 
-def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[Range]:
-    """Return the ranges of windows in [start, stop) that no shard contains.
-
-    Args:
-        present: ranges of the shards, sorted and disjoint.
-        stop: index after the last window.
-        start: index of the first window.
-    """
-    missing, at = [], start
-    for first, last in present:
-        if first > at:
-            missing.append((at, min(first, stop)))
-        at = max(at, last)
-    if at < stop:
-        missing.append((at, stop))
-    return [(a, b) for a, b in missing if a < b]
+def missing_ranges(present: Sequence[Range], stop: int) -> list[Range]:
+    """Return the ranges of windows in [0, stop) between the `present` ranges, which ascend."""
+    edges = [(0, 0), *present, (stop, stop)]
+    gaps = [(before, min(after, stop)) for (_, before), (after, _) in pairwise(edges)]
+    return [(a, b) for a, b in gaps if a < b]
 
 
 def joined(ranges: Sequence[Range], windows: int | None = None) -> list[list[int]]:
-    """Join adjacent ranges, and return the result as JSON lists.
-
-    Args:
-        ranges: sorted disjoint ranges.
-        windows: number of windows to include, from the first range on; None for all.
+    """Join adjacent ones of ascending ranges, up to a total number of windows, as JSON lists.
 
     Examples:
         >>> joined([(0, 4), (4, 6), (8, 9)]), joined([(0, 4), (4, 6)], 5)

@@ -53,11 +53,9 @@ class WindowRecord:
         return np.ones(len(self.tokens), np.bool_) if self.mask is None else self.mask
 
     def validate(self, window_length: int, *, masked: bool) -> None:
-        """Validate dtypes, shapes and bounds of the fields.
+        """Validate the fields for a cache of `window_length` tokens per window.
 
-        Args:
-            window_length: expected number of tokens, L.
-            masked: whether the cache has a masked objective, with corrupted inputs.
+        `masked` states whether the cache has a masked objective, with corrupted inputs.
 
         Raises:
             InvalidTargetsError: a field is invalid; the message has the window and the field.

@@ -3,9 +3,8 @@
     CACHE/texts/windows-000000000000.json    the text whose first window has this index
 
 The identity of a cache does not include the text, so that text can be appended. To prevent a cache
-from mixing shards of different texts, a text is claimed before its first shard is written: a file
-named by the index of the text's first window is created exclusively and read back. The provenance
-of each shard has the same values, and `verify` compares the two.
+from mixing shards of different texts, a text is recorded before its first shard is written, by a
+file that is created exclusively. The provenance of each shard has the same values.
 """
 
 from __future__ import annotations
@@ -84,15 +83,12 @@ def named_texts(storage: Storage) -> list[TextSpan]:
         CacheCorruptionError: a file in `texts/` is damaged.
         StorageError: the cache cannot be reached.
     """
-    return [_read(storage, _file(name)) for name in storage.names(TEXTS) if name.endswith(".json")]
+    names = (f"{TEXTS}/{name}" for name in storage.names(TEXTS) if name.endswith(".json"))
+    return [_read(storage, name) for name in names]
 
 
 def claim_text(storage: Storage, text: TextSpan) -> None:
     """Record a text in a cache, unless the cache records it already.
-
-    Args:
-        storage: storage of the cache.
-        text: text to record.
 
     Raises:
         IdentityMismatchError: the cache records another text for the same windows.
@@ -100,14 +96,18 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
         StorageError: the cache cannot be reached or written.
     """
     storage.clean(TEXTS)
-    for other in named_texts(storage):
-        if other != text and other.overlaps(text):
-            raise _mismatch(storage, other, text)
-    name = _file(f"windows-{text.first_window:012d}.json")
-    storage.create(name, canonical_json(text.to_json()) + b"\n")
-    recorded = _read(storage, name)  # by this process, or by another that was faster
-    if recorded != text:
-        raise _mismatch(storage, recorded, text)
+    others = (other for other in named_texts(storage) if other != text and other.overlaps(text))
+    other = next(others, text)
+    if other == text:
+        name = f"{TEXTS}/windows-{text.first_window:012d}.json"
+        storage.create(name, canonical_json(text.to_json()) + b"\n")
+        other = _read(storage, name)  # recorded by this process, or by another that was faster
+    if other != text:
+        raise IdentityMismatchError(
+            f"the cache at {storage.location} was begun with other text: it records {other}, this "
+            f"build has {text}. Continue with the recorded text, append this text to the cache, or "
+            "choose another output directory"
+        )
 
 
 class TextCheck:
@@ -127,11 +127,7 @@ class TextCheck:
         return [self._known[first] for first in sorted(self._known)]
 
     def require(self, windows: Range, provenance: dict[str, Any]) -> None:
-        """Validate the text of a shard.
-
-        Args:
-            windows: range of the shard.
-            provenance: provenance of the shard; that of old versions has no text.
+        """Validate the text in the provenance of a shard; that of old versions has no text.
 
         Raises:
             ValueError: the cache does not record the text, the windows do not come from it, or it
@@ -158,13 +154,8 @@ class TextCheck:
         self._known[text.first_window] = text
 
 
-def _file(name: str) -> str:
-    """Return the path of a file in `texts/`, relative to the cache."""
-    return f"{TEXTS}/{name}"
-
-
 def _read(storage: Storage, name: str) -> TextSpan:
-    """Read a file in `texts/`. Raises CacheCorruptionError."""
+    """Return the text that a file in `texts/` records."""
     try:
         return TextSpan.from_json(parse_json(storage.read(name, 0, _LARGEST)))
     except FileNotFoundError as error:
@@ -177,12 +168,3 @@ def _read(storage: Storage, name: str) -> TextSpan:
             f"{storage.location}/{name} is damaged ({error}); restore it from a copy, or delete "
             "it, and the next build records the text again"
         ) from error
-
-
-def _mismatch(storage: Storage, there: TextSpan, here: TextSpan) -> IdentityMismatchError:
-    """Return the error for a build whose text differs from the one that the cache records."""
-    return IdentityMismatchError(
-        f"the cache at {storage.location} was begun with other text: it records {there}, this "
-        f"build has {here}. Continue with the recorded text, append this text to the cache, or "
-        "choose another output directory"
-    )

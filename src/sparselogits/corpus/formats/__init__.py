@@ -40,12 +40,7 @@ def known_formats() -> tuple[Format, ...]:
 
 
 def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
-    """Return an instance of the format class that an entry point declares.
-
-    Raises:
-        InvalidArgumentError: the class is not a format, or another format has its name or one of
-            its suffixes.
-    """
+    """Return an instance of the format class that an entry point declares, after validating it."""
     if not (isinstance(kind, type) and issubclass(kind, Format)):
         raise InvalidArgumentError(
             f"the entry point {name!r} names {kind!r}; expected a subclass of "
@@ -68,10 +63,7 @@ def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
 
 
 def format_in_folder(path: Path) -> Format | None:
-    """Return the format in which a file of a folder is read, by its suffix.
-
-    None if such files are not read in folders.
-    """
+    """Return the format in which a file of a folder is read; None if such files are not read."""
     suffix = content_suffix(path)
     if is_compressed(path):
         matching = (f for f in known_formats() if f.compressible and suffix in f.all_suffixes)

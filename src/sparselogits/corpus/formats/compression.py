@@ -27,53 +27,38 @@ _ZSTD_WINDOW = 1 << 31
 _XZ_MEMORY = 1 << 31
 
 
-class _Zlib:
-    """zlib's decompressor with the interface of `bz2.BZ2Decompressor`."""
+class _Decompressor:
+    """Decompressor of zlib or zstandard with the interface of `bz2.BZ2Decompressor`.
 
-    def __init__(self) -> None:
-        self._decompressor = zlib.decompressobj(wbits=31)
+    zstandard decompresses all of the input at each call, whatever the limit `most` is.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
 
     @property
     def eof(self) -> bool:
-        return self._decompressor.eof
+        return bool(self._inner.eof)
 
     @property
     def unused_data(self) -> bytes:
-        return self._decompressor.unused_data
+        return bytes(self._inner.unused_data)
 
     @property
     def needs_input(self) -> bool:
-        return not self._decompressor.unconsumed_tail
+        return not getattr(self._inner, "unconsumed_tail", b"")
 
     def decompress(self, data: bytes, most: int) -> bytes:
-        waiting = self._decompressor.unconsumed_tail + data
-        return self._decompressor.decompress(waiting, most)
+        if not hasattr(self._inner, "unconsumed_tail"):
+            return bytes(self._inner.decompress(data))
+        return bytes(self._inner.decompress(self._inner.unconsumed_tail + data, most))
 
 
-class _Zstd:
-    """zstandard's decompressor with the interface of `bz2.BZ2Decompressor`.
+def _zstd() -> _Decompressor:
+    import zstandard  # needed only for .zst files
 
-    A call decompresses all of its input; the limit `most` is ignored.
-    """
-
-    needs_input = True
-
-    def __init__(self) -> None:
-        import zstandard
-
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        self._decompressor: Any = decompressor.decompressobj()
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._decompressor.eof)
-
-    @property
-    def unused_data(self) -> bytes:
-        return bytes(self._decompressor.unused_data)
-
-    def decompress(self, data: bytes, most: int) -> bytes:
-        return bytes(self._decompressor.decompress(data))
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    return _Decompressor(decompressor.decompressobj())
 
 
 class Compression(NamedTuple):
@@ -88,10 +73,10 @@ class Compression(NamedTuple):
 
 
 COMPRESSIONS = {
-    ".gz": Compression(b"\x1f\x8b\x08", _Zlib),
+    ".gz": Compression(b"\x1f\x8b\x08", lambda: _Decompressor(zlib.decompressobj(wbits=31))),
     ".bz2": Compression(b"BZh91AY&SY", bz2.BZ2Decompressor),
     ".xz": Compression(b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)),
-    ".zst": Compression(b"\x28\xb5\x2f\xfd", _Zstd, _ZSTD_INPUT),
+    ".zst": Compression(b"\x28\xb5\x2f\xfd", _zstd, _ZSTD_INPUT),
 }
 """Compression formats by suffix."""
 
@@ -107,15 +92,10 @@ def content_suffix(path: Path) -> str:
 
 
 def open_decompressed(path: Path, name: str, raw: BinaryIO) -> io.BufferedReader:
-    """Return a reader of the decompressed content of a file.
+    """Return a reader of the decompressed content of an open file.
 
-    Args:
-        path: path of the file; its suffix determines the compression format.
-        name: name of the file, for errors.
-        raw: the open file.
-
-    Returns:
-        A reader that raises CorpusError if the data cannot be decompressed or are incomplete.
+    The suffix of `path` determines the compression format, and `name` is used in errors. The reader
+    raises CorpusError if the data cannot be decompressed or are incomplete.
     """
     stream = _Blocks(_blocks(path.suffix.lower(), name, raw))
     return io.BufferedReader(stream, buffer_size=_BLOCK_BYTES)
@@ -168,10 +148,10 @@ def _blocks(suffix: str, name: str, raw: BinaryIO) -> Iterator[bytes]:
             if decompressor.eof:
                 data = decompressor.unused_data + data
                 decompressor, members = None, members + 1
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError, ValueError) as error:
-        raise _decompression_error(suffix, name, raw, members, error) from error
     except Exception as error:
-        if type(error).__name__ != "ZstdError":  # zstandard is imported only for .zst files
+        known = (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError, ValueError)
+        # zstandard, which may not be imported here, has its own exception
+        if not isinstance(error, known) and type(error).__name__ != "ZstdError":
             raise
         raise _decompression_error(suffix, name, raw, members, error) from error
 

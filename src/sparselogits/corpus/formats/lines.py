@@ -8,6 +8,7 @@ one process reads. Memory is bounded by the longest line.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,6 @@ from sparselogits.errors import CorpusError
 LONGEST_LINE = 1 << 30
 """Maximum length in bytes of a line in a compressed file. Without a limit, a small file could
 exhaust the memory."""
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class LineFormat(Format):
@@ -74,7 +74,7 @@ class JsonLines(LineFormat):
             advice += "; convert a JSON array to lines with `jq -c '.[]'`"
         start = line[:40].decode(errors="replace").strip()
         try:
-            record = json.loads(line.removeprefix(_BYTE_ORDER_MARK))
+            record = json.loads(line.removeprefix(BOM_UTF8))
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{where()} is not JSON ({error}): {start!r}; {advice}") from None
         if not isinstance(record, dict):

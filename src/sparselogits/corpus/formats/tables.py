@@ -10,6 +10,7 @@ import datetime
 import decimal
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -60,8 +61,9 @@ class Parquet(Format):
             columns = _columns(reader.schema_arrow, name, fields)
             for group in range(span.start, span.stop):
                 place = f"{name}, row group {group}"
-                batches = _parquet_batches(reader, group, columns, place)
-                yield from _rows(batches, columns, place, fields)
+                with _arrow_errors(f"{place} is damaged", "download the file again"):
+                    batches = reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+                    yield from _rows(batches, columns, place, fields)
 
 
 class Arrow(Format):
@@ -95,41 +97,32 @@ class Arrow(Format):
             row += batch.num_rows
 
 
+@contextmanager
+def _arrow_errors(what: str, advice: str) -> Iterator[None]:
+    """Convert pyarrow's errors within a block to a `CorpusError`."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{what} ({error}); {advice}") from error
+
+
 def _open_parquet(file: SourceFile) -> pq.ParquetFile:
-    try:
+    with _arrow_errors(f"{file.name} cannot be read as Parquet", "download it again"):
         return pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, pa.ArrowException) as error:
-        raise CorpusError(
-            f"{file.name} cannot be read as Parquet ({error}); download it again"
-        ) from error
-
-
-def _parquet_batches(
-    reader: pq.ParquetFile, group: int, columns: list[str], place: str
-) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"{place} is damaged ({error}); download the file again") from error
 
 
 def _arrow_batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
     # memory-mapped, so that other batches and other columns are not read
-    try:
-        with pa.memory_map(str(file.path)) as source, pa.ipc.open_stream(source) as reader:
-            yield from reader
-    except (OSError, pa.ArrowException) as error:
-        raise CorpusError(
-            f"{file.name} cannot be read as Arrow ({error}); save the dataset again"
-        ) from error
+    with (
+        _arrow_errors(f"{file.name} cannot be read as Arrow", "save the dataset again"),
+        pa.memory_map(str(file.path)) as source,
+        pa.ipc.open_stream(source) as reader,
+    ):
+        yield from reader
 
 
 def _columns(schema: pa.Schema, name: str, fields: Fields | None) -> list[str]:
-    """Return the columns to read.
-
-    Raises:
-        CorpusError: no column could contain text, or the text column has another type.
-    """
+    """Return the columns to read, after validating the type of the text column."""
     if fields is None:
         return list(schema.names)
     columns = fields.columns(schema.names, lambda: name)
@@ -163,13 +156,7 @@ def _rows(
 ) -> Iterator[Record]:
     """Yield the rows of record batches, converting one row at a time.
 
-    Args:
-        batches: record batches.
-        columns: names of the columns to yield.
-        place: name of the file (and row group), for errors.
-        fields: names of the fields that will be read; `plain` converts their values. None for
-            unconverted values.
-        first: index of the first row.
+    `place` is the name of the file (and row group), and `first` the index of the first row there.
     """
     number = first
     for batch in batches:
@@ -207,12 +194,8 @@ def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
 
     Arrow adds to every object of a column the fields of all other objects, with null values; these
     fields are removed. Columns that `datasets` stores as JSON text (its `Json` feature) are decoded
-    with their nulls, which are part of the text.
-
-    Args:
-        value: value that pyarrow has converted to Python.
-        kind: type of the column.
-        decoded: whether JSON text has been decoded already, as in the rows of `datasets`.
+    with their nulls, which are part of the text, unless they are `decoded`, as in the rows of
+    `datasets`.
     """
     if value is None:
         return None

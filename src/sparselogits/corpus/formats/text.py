@@ -4,14 +4,14 @@ A line that consists of `<|endoftext|>` separates two documents, as in many publ
 plain text; it belongs to neither of them. Form feeds do not separate documents, because they mark
 pages in old plain text and in source code.
 
-Large files are divided into spans that can be read independently of one another. A span may begin
-in the middle of a document; it then contains the offset of the document's beginning. A scan for
-separator lines determines that offset when the file is divided.
+Large files are divided into spans that can be read independently. A span that begins in the middle
+of a document contains the offset at which the document begins.
 """
 
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from itertools import chain
 from typing import NoReturn
@@ -32,7 +32,6 @@ from sparselogits.errors import CorpusError
 SEPARATOR = b"<|endoftext|>"
 """Content of a line that separates two documents."""
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SCAN_BYTES = 1 << 20
 
 
@@ -63,11 +62,7 @@ class Text(Format):
                 yield Span(file, start, size, size - start, document)
 
     def records(self, span: Span, fields: Fields | None) -> NoReturn:
-        """Raise an error, because plain text has no records.
-
-        Raises:
-            CorpusError: always.
-        """
+        """Raise a `CorpusError`, because plain text has no records."""
         raise CorpusError(
             f"{span.file.name} contains plain text; expected records. Give a file of records"
         )
@@ -100,13 +95,7 @@ class Text(Format):
 
 
 def document_separators(read: Read, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield the offsets of the first byte and after the last byte of each separator line.
-
-    Args:
-        read: reads bytes of the file.
-        start: offset of the first byte at which a separator line may begin.
-        stop: offset after the last such byte.
-    """
+    """Yield (first byte, byte after) for each separator line that begins in [start, stop)."""
     position, first = start, _first_byte(read)
     while position < stop:
         block_stop = min(position + _SCAN_BYTES, stop)
@@ -142,7 +131,7 @@ def _head(read: Read, document: int) -> bytes:
 
 def _first_byte(read: Read) -> int:
     """Return the offset at which the text begins: after the byte order mark, if there is one."""
-    return len(_BYTE_ORDER_MARK) if read(0, 3) == _BYTE_ORDER_MARK else 0
+    return len(BOM_UTF8) if read(0, len(BOM_UTF8)) == BOM_UTF8 else 0
 
 
 def _require_text(read: Read, name: str) -> None:

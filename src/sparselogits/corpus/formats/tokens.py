@@ -56,11 +56,7 @@ class TokenFormat(Format):
     binary = True
 
     def records(self, span: Span, fields: Fields | None) -> NoReturn:
-        """Raise an error, because files of token ids have no records.
-
-        Raises:
-            CorpusError: always.
-        """
+        """Raise a `CorpusError`, because files of token ids have no records."""
         raise CorpusError(
             f"{span.file.name} contains token ids; expected records with named fields. Give other "
             "files"
@@ -326,11 +322,7 @@ def _opened(path: Path | None) -> Iterator[Any]:
 
 
 def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
-    """Return `count` numbers of type `kind` from byte `first` of a file, as int64.
-
-    Raises:
-        CorpusError: the file ends before.
-    """
+    """Return `count` numbers of type `kind` from byte `first` of a file, as int64."""
     size = count * np.dtype(kind).itemsize
     data = os.pread(handle, size, first)
     while 0 < len(data) < size and (more := os.pread(handle, size - len(data), first + len(data))):
@@ -346,14 +338,9 @@ def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
 def _sequences(
     handle: int, start: int, stop: int, count: int, name: str
 ) -> Iterator[tuple[int, _Array, _Array]]:
-    """Yield (index of the first sequence, lengths, first bytes) for each block of sequences.
+    """Yield (index of the first sequence, lengths, first bytes) for blocks in [start, stop).
 
-    Args:
-        handle: descriptor of the index.
-        start: index of the first sequence.
-        stop: index after the last sequence.
-        count: number of all sequences in the index.
-        name: name of the index, for errors.
+    `count` is the number of all sequences in the index.
     """
     for first in range(start, stop, _BLOCK):
         many = min(_BLOCK, stop - first)
@@ -372,19 +359,6 @@ def _width(path: Path | None) -> int | None:
     return int(width) if bar and width.isdigit() and len(width) < 4 else None
 
 
-class _Ends:
-    """Document ends stored in a file, as a sequence for `bisect`."""
-
-    def __init__(self, handle: int, count: int, name: str) -> None:
-        self._handle, self._count, self._name = handle, count, name
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, at: int) -> int:
-        return int(_read(self._handle, 8 * at, 1, "<u8", self._name)[0])
-
-
 def _last_end(path: Path, name: str) -> int:
     """Return the end of the last document in an index, in tokens."""
     with _opened(path) as handle:
@@ -394,13 +368,18 @@ def _last_end(path: Path, name: str) -> int:
                 f"{name}.index has {8 * count + rest} bytes, expected 8 per document; download it "
                 "again, or remove it"
             )
-        return _Ends(handle, count, name)[count - 1]
+        return int(_read(handle, 8 * (count - 1), 1, "<u8", f"{name}.index")[0])
 
 
 def _ends_within(handle: int, start: int, stop: int, name: str) -> _Array:
     """Return the ends of documents in (start, stop), at which the next documents start."""
-    ends = _Ends(handle, os.fstat(handle).st_size // 8, name)
-    first, last = bisect_right(ends, start), bisect_left(ends, stop)
+
+    def end_of(document: int) -> int:
+        return int(_read(handle, 8 * document, 1, "<u8", name)[0])
+
+    documents = range(os.fstat(handle).st_size // 8)
+    first = bisect_right(documents, start, key=end_of)
+    last = bisect_left(documents, stop, key=end_of)
     many = min(max(last - first, 0), stop - start)
     found = _read(handle, 8 * first, many, "<u8", name)
     if many != last - first or (np.diff(found) < 0).any():

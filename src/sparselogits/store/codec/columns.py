@@ -39,11 +39,7 @@ class CodedColumn:
 
 
 def encode_column(windows: Sequence[Array]) -> CodedColumn:
-    """Encode a column.
-
-    Args:
-        windows: values of each window, all uint32 or all float32.
-    """
+    """Encode a column, given the values of each window, all uint32 or all float32."""
     tables: list[tuple[int, bytes]] = []
     pages: list[bytes] = []
     for first, stop in _chunks([len(window) for window in windows]):
@@ -81,15 +77,10 @@ class ColumnDecoder:
             raise DamageError(f"a coding table is unreadable: {error}") from error
 
     def decode_into(self, out: Array, window: int, data: bytes) -> int:
-        """Decode the page at the beginning of `data` into `out`; return its size in bytes.
-
-        Args:
-            out: output array, whose length is the number of values to decode.
-            window: index of the window in the shard.
-            data: bytes that start with the page.
+        """Decode a window's page at the beginning of `data` into `out`; return its size in bytes.
 
         Raises:
-            DamageError: the page does not contain that many values.
+            DamageError: the page does not contain `len(out)` values.
         """
         if len(out) == 0:
             return 0

@@ -21,8 +21,7 @@ from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import ColumnDecoder
 from sparselogits.store.codec.levels import levels_at
 from sparselogits.store.codec.lists import Array, Bool, Sets
-from sparselogits.store.codec.target_codec import TargetCodec
-from sparselogits.store.codec.weights import derived_entries, weights_of_counts
+from sparselogits.store.codec.target_codec import TargetCodec, derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
 Tables = Mapping[str, Sequence[tuple[int, bytes]]]
@@ -51,14 +50,7 @@ class BlockDecoder:
         _keep_freed_memory()
 
     def decode(self, window: int, block: bytes, tokens: Array, present: Bool) -> SparseTargets:
-        """Decode the targets of one window; see `decode_run`.
-
-        Args:
-            window: index of the window in the shard, from 0.
-            block: block of the window.
-            tokens: int32 [L].
-            present: bool [L], True for positions with a target.
-        """
+        """Decode the targets of one window of L tokens; see `decode_run`."""
         return self.decode_run(window, [block], tokens[None], present[None])
 
     def decode_run(
@@ -92,7 +84,7 @@ class BlockDecoder:
         return targets
 
     def _weigh(self, sets: Sets, present: Bool, pages: _BlockPages) -> SparseTargets:
-        """Read the weights of the entries and return the targets. Raises DamageError."""
+        """Read the weights of the entries and return the targets."""
         codec, entries = self.codec, sets.offsets[:: present.shape[1]]
         counts = None
         if codec.rounds is not None:
@@ -142,14 +134,7 @@ def _keep_freed_memory() -> None:
 
 
 class _BlockPages:
-    """Reader of the columns of several blocks, in order; see `lists.Pages`.
-
-    Args:
-        columns: decoder of each column.
-        dtypes: dtype of each column.
-        first: index of the first window in the shard.
-        blocks: block of each window.
-    """
+    """Reader of the columns of consecutive blocks, in order; see `lists.Pages`."""
 
     def __init__(
         self,
@@ -184,14 +169,14 @@ class _BlockPages:
                 at[w] += decoder.decode_into(out[start:stop], self._first + w, rest)
 
     def require_end(self) -> None:
-        """Validate that all bytes have been read. Raises DamageError."""
+        """Validate that all bytes have been read."""
         for block, at in zip(self._blocks, self._at, strict=True):
             if at != len(block):
                 raise DamageError(f"a block has {len(block)} bytes, expected {at}")
 
 
 def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None:
-    """Validate weights, float32 [E], and their sums per position. Raises DamageError."""
+    """Validate weights, float32 [E], and their sums per position."""
     if not len(weights):
         return
     least = codec.least_weight
@@ -209,17 +194,7 @@ def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None
 
 
 def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> NDArray[np.int32]:
-    """Read the counts, int32 [E], which are positive and sum to N at each position.
-
-    Args:
-        sets: sets of ids, one entry per id.
-        present: bool [W, L].
-        rounds: number N of rounds per position.
-        pages: columns of the windows.
-
-    Raises:
-        DamageError: a position with a target has no entries, or its counts exceed N.
-    """
+    """Read the counts, int32 [E], which are positive and sum to `rounds` at each position."""
     flat = present.reshape(-1)
     starts, others, has_hit = sets.offsets[:-1], np.diff(sets.offsets) - 1, sets.has_hit
     if not bool(flat.all()):
@@ -228,8 +203,7 @@ def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> 
         raise DamageError("a position with a target has no entries")
     entries = np.diff(sets.offsets[:: present.shape[1]])
     stored = pages.read("counts", entries - present.sum(1))
-    running = np.zeros(len(stored) + 1, np.int64)
-    np.cumsum(stored, out=running[1:])
+    running = lists.running_sums(stored)
     before = starts - np.arange(len(starts))
     rest = rounds - others - (running[before + others] - running[before])
     if len(rest) and int(rest.min()) < 1:

@@ -67,10 +67,7 @@ def rounded(
 
 
 def indices_of(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Return the indices of weights in the table of levels.
-
-    Args:
-        weights: float32 [E].
+    """Return the indices of weights, float32 [E], in the table of levels.
 
     Raises:
         InvalidTargetsError: a weight is not a level.

@@ -141,7 +141,7 @@ def join(
     ids = np.empty(len(positions), np.uint32)
     ids[:pairs] = np.repeat(listed.astype(np.uint32), sizes)
     ids[pairs:] = labels.take(hits)
-    offsets = _exclusive_sums(np.bincount(positions, minlength=tokens.size))
+    offsets = running_sums(np.bincount(positions, minlength=tokens.size))
     ids = ids.take(np.argsort(positions, kind="stable"))
     has_hit = np.zeros(tokens.size, np.bool_)
     has_hit[hits] = True
@@ -151,12 +151,7 @@ def join(
 
 
 def reading_order(tokens: Array, present: Bool) -> Array:
-    """Return the positions w * L + p with a target, int64, sorted by (window w, token, position p).
-
-    Args:
-        tokens: int32 [W, L].
-        present: bool [W, L], True for positions with a target.
-    """
+    """Return the positions w * L + p with a target, sorted by (window w, token, position p)."""
     windows, length = tokens.shape
     shift = max(length - 1, 1).bit_length()
     largest, least = int(tokens.max(initial=0)), int(tokens.min(initial=0))
@@ -179,15 +174,15 @@ def size_class(sizes: Array) -> Array:
     return _CLASS_OF_SIZE.take(sizes, mode="clip")
 
 
-def _exclusive_sums(lengths: Array) -> Array:
-    """Return the running sums of n lengths, starting with 0, int64 [n + 1]."""
+def running_sums(lengths: Array) -> Array:
+    """Return 0 and the running sums of n lengths, int64 [n + 1]."""
     sums = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=sums[1:])
     return sums
 
 
 def _hits(hits: Array, order: Array, labels: Array, vocab_size: int) -> Array:
-    """Return the positions whose label is in their set, int64. Raises DamageError."""
+    """Return the positions whose label is in their set, int64."""
     if len(hits) and int(hits.max()) > 1:
         raise DamageError("a hit flag is neither 0 nor 1")
     positions: Array = order[hits.astype(np.bool_)]
@@ -198,17 +193,11 @@ def _hits(hits: Array, order: Array, labels: Array, vocab_size: int) -> Array:
 
 
 def _merge_hits(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, Bool]:
-    """Move each position's hit from the end of its ids to its place in ascending order.
+    """Sort the ids at each position, which ascend except for a hit at the end.
 
-    Element i of the ascending sequence a with h inserted is max(a[i - 1], min(a[i], h)).
-
-    Args:
-        ids: uint32 [E].
-        offsets: int64 [P + 1].
-        hit_ids: int64 [P], id of the hit; _NO_ID for positions without a hit.
-
-    Returns:
-        The sorted ids, uint32 [E], and whether each id is a hit, bool [E].
+    Element i of the ascending sequence a with h inserted is max(a[i - 1], min(a[i], h)). `hit_ids`
+    contains the hit of each position, or _NO_ID. The result is the ids, uint32 [E], and whether
+    each is a hit, bool [E].
     """
     inserted = np.repeat(hit_ids.astype(np.uint32), np.diff(offsets))
     before = np.empty(len(ids) + 1, np.uint32)
@@ -220,7 +209,7 @@ def _merge_hits(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, Bool
 
 
 def _ascending(gaps: Array, lists: Array, vocab_size: int) -> Array:
-    """Return the ids of all lists of all windows, int64 [D]. Raises DamageError."""
+    """Return the ids of all lists of all windows, int64 [D]."""
     running: Array = np.cumsum(gaps, dtype=np.int64) + np.arange(1, len(gaps) + 1)
     stops = np.cumsum(lists)
     last = np.append(0, running)[stops]
@@ -237,23 +226,15 @@ def _ranks(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[A
     """Return each pair's index in order of id, and the rank of its position, int64 each.
 
     The columns contain the lists of a window in order of (size class, id). The rank of a position
-    is its index in `reading_order`.
-
-    Args:
-        pages: columns of the windows.
-        lists: int64 [W], number of lists of each window.
-        sizes: int64 [D], size of each list.
-        carrying: int64 [W], number of positions with a target.
-
-    Raises:
-        DamageError: a rank exceeds the number of positions with a target.
+    is its index in `reading_order`. `lists` and `carrying` contain the numbers of lists and of
+    positions with a target in each window, and `sizes` contains the size of each list.
     """
     windows, window = len(lists), np.repeat(np.arange(len(lists)), lists)
     classes = (window * SIZE_CLASSES + size_class(sizes)).astype(np.min_scalar_type(8 * windows))
     by_class = np.argsort(classes, kind="stable")
-    starts = _exclusive_sums(sizes)[by_class]
+    starts = running_sums(sizes)[by_class]
     sizes = sizes[by_class]
-    bounds = _exclusive_sums(sizes)
+    bounds = running_sums(sizes)
     runs = np.searchsorted(classes[by_class], np.arange(SIZE_CLASSES * windows + 1))
     ends = bounds[runs].tolist()
     gaps = np.empty(ends[-1], np.uint32)
@@ -267,13 +248,13 @@ def _ranks(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[A
     before = np.append(0, stops)[:-1]
     if bool((stops - before > carrying[window]).any()):
         raise DamageError("a gap exceeds the positions with a target")
-    ranks += np.repeat(_exclusive_sums(carrying)[window] - before, sizes)
+    ranks += np.repeat(running_sums(carrying)[window] - before, sizes)
     index += np.repeat(starts - bounds[:-1], sizes)
     return index, ranks
 
 
 def _require_ascending(ids: Array, offsets: Array) -> None:
-    """Validate that ids ascend strictly at each position. Raises DamageError."""
+    """Validate that ids ascend strictly at each position."""
     ascends = np.empty(len(ids) + 1, np.bool_)
     np.greater(ids[1:], ids[:-1], out=ascends[1:-1])
     ascends[offsets] = True

@@ -2,8 +2,8 @@
 
 docs/format.md specifies the bytes. The codec is lossless for ids and counts, for weights that are
 levels (levels.py) and, in caches with exact weights, for any float32 weights. A block contains the
-columns of the ids (lists.py) and of the weights (weights.py), each encoded by pcodec (columns.py).
-decoder.py decodes blocks.
+columns of the ids (lists.py) and of the weights, each encoded by pcodec (columns.py). decoder.py
+decodes blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from sparselogits.errors import CacheError, InvalidTargetsError
 from sparselogits.identity import Identity
 from sparselogits.objectives import CAUSAL, TokenObjective
-from sparselogits.samplers.sampler import COUNTS, COUNTS_AND_FLOATS, THRESHOLD, Sampler
+from sparselogits.samplers.sampler import (
+    COUNTS,
+    COUNTS_AND_FLOATS,
+    FLOATS,
+    THRESHOLD,
+    Sampler,
+)
 from sparselogits.samplers.uniforms import rounding_uniforms
 from sparselogits.store.bounds import (
     LARGEST_WINDOW,
@@ -39,12 +45,6 @@ from sparselogits.store.codec.levels import (
     rounded,
 )
 from sparselogits.store.codec.lists import Array, Bool
-from sparselogits.store.codec.weights import (
-    WEIGHT_COLUMNS,
-    derived_entries,
-    weight_columns,
-    weights_of_counts,
-)
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import shown
 
@@ -53,6 +53,19 @@ NAME = "inverted-lists"
 
 EXACT, ROUNDED = 1, 2
 """Versions of the codec: exact weights, and weights rounded to levels."""
+
+WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
+    COUNTS: {"counts": np.uint32},
+    COUNTS_AND_FLOATS: {"counts": np.uint32, "weights": np.float32},
+    FLOATS: {"weights": np.float32},
+    THRESHOLD: {"heavy": np.uint32, "weights": np.float32},
+}
+"""Names and dtypes of the columns for exact weights, by kind of weights.
+
+If the sampler draws N rounds, weights are count / N, and one count per position follows from the
+others. If light entries share the weight tau, only the weights of heavy entries are stored. If
+weights are rounded, the column `levels` with the indices of levels replaces `weights`.
+"""
 
 
 def codec_for(sampler: Sampler, *, exact_weights: bool = False) -> dict[str, Any]:
@@ -128,12 +141,7 @@ class TargetCodec:
     def from_identity(
         cls, codec: Mapping[str, Any], vocab_size: int, sampler: Mapping[str, Any] | None = None
     ) -> TargetCodec:
-        """Create the codec that an identity describes.
-
-        Args:
-            codec: name and parameters of the codec.
-            vocab_size: vocabulary size, V.
-            sampler: name and parameters of the sampler, which determine the bound on the weights.
+        """Create the codec that an identity describes; the sampler bounds the weights.
 
         Raises:
             CacheError: the codec is unknown, or its parameters contradict each other.
@@ -173,19 +181,17 @@ class TargetCodec:
         return replace(codec, objective=identity.predicts)
 
     def labels(self, tokens: Array) -> NDArray[np.int64]:
-        """Return the token that each position predicts, int64 [..., L]; -1 if there is none.
-
-        Args:
-            tokens: int32 [..., L].
-        """
+        """Return the token that each position predicts, int64 [..., L]; -1 if there is none."""
         return self.objective.at_positions(tokens.astype(np.int64), -1)
 
     @property
     def columns(self) -> dict[str, Any]:
         """Names and dtypes of the columns of a block, in order."""
-        return dict.fromkeys(lists.COLUMNS, np.uint32) | weight_columns(
-            self.weights, rounded=self.rounding is not None
-        )
+        columns = dict.fromkeys(lists.COLUMNS, np.uint32) | WEIGHT_COLUMNS[self.weights]
+        if self.rounding is not None:
+            del columns["weights"]
+            columns["levels"] = np.uint32
+        return columns
 
     @property
     def light_weight(self) -> np.float32:
@@ -231,13 +237,7 @@ class TargetCodec:
         return replace(targets, weights=torch.from_numpy(levels), check=False)
 
     def encode(self, windows: Sequence[TargetWindow]) -> tuple[dict[str, Any], list[bytes]]:
-        """Encode the windows of a shard.
-
-        Args:
-            windows: windows of the shard, in order.
-
-        Returns:
-            The coding tables of the shard by column, and one block per window.
+        """Encode the windows of a shard as coding tables by column, and one block per window.
 
         Raises:
             InvalidTargetsError: the codec cannot encode the targets without loss.
@@ -283,7 +283,7 @@ class TargetCodec:
         return columns
 
     def _require_codable(self, targets: SparseTargets, present: NDArray[np.bool_]) -> None:
-        """Validate that targets can be encoded without loss. Raises InvalidTargetsError."""
+        """Validate that targets can be encoded without loss."""
         lengths = targets.entries_per_position.numpy()
         if targets.vocab_size != self.vocab_size or targets.rounds != self.rounds:
             raise InvalidTargetsError(
@@ -323,6 +323,25 @@ class TargetCodec:
                     "weights are not equal to count / rounds in float32; correct the sampler, or "
                     "its `stores`"
                 )
+
+
+def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:
+    """Convert counts to the weights count / rounds, float32 [E]."""
+    weights = counts.astype(np.float32)
+    weights /= np.float32(rounds)
+    return weights
+
+
+def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
+    """Return a mask of the entries whose counts are not stored, bool [E].
+
+    One count per position follows from the others. It is the count of the label's entry (`is_hit`)
+    if there is one, because that count is usually large, and otherwise that of the first entry.
+    `starts` and `has_hit` have one element per position with a target.
+    """
+    derived = is_hit.copy()
+    derived[starts[~has_hit]] = True
+    return derived
 
 
 def _rounds(rounds: int | None) -> str:

@@ -47,11 +47,7 @@ class Guard:
     footer_start: int
 
     def require(self, group: int, data: bytes) -> None:
-        """Validate the length and checksum of a row group.
-
-        Args:
-            group: index of the row group.
-            data: bytes of the row group.
+        """Validate the length and checksum of the bytes of a row group.
 
         Raises:
             DamageError: the length or the checksum is wrong.
@@ -70,10 +66,7 @@ class Guard:
 def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
     """Return a Parquet file with a guard inserted before its footer.
 
-    Args:
-        parquet: content of the file without a guard.
-        group_stops: offset of the byte after each row group; the last one is the offset of the
-            footer.
+    `group_stops` contains the offset of the byte after each row group.
     """
     footer_length, _ = _CLOSING.unpack_from(parquet, len(parquet) - _CLOSING.size)
     start = len(parquet) - _CLOSING.size - footer_length
@@ -90,10 +83,6 @@ def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
 def read_frame(files: ReadableFiles, name: str) -> tuple[int, Guard, bytes]:
     """Read a shard's size, its guard, and its last bytes, which include guard and footer.
 
-    Args:
-        files: files of the cache.
-        name: name of the shard.
-
     Raises:
         DamageError: the guard or the footer is damaged.
         FileNotFoundError: the file does not exist.
@@ -101,26 +90,14 @@ def read_frame(files: ReadableFiles, name: str) -> tuple[int, Guard, bytes]:
     wanted = _FIRST_READ
     while True:
         size, tail = files.tail(name, wanted)
-        guard = read_guard(tail, size)
+        guard = _read_guard(tail, size)
         if isinstance(guard, Guard):
             return size, guard, tail
         wanted = guard
 
 
-def read_guard(tail: bytes, size: int) -> Guard | int:
-    """Parse the guard of a shard from its last bytes, and validate guard and footer.
-
-    Args:
-        tail: last bytes of the file.
-        size: size of the file in bytes.
-
-    Returns:
-        The guard; or, if `tail` does not include guard and footer, the number of last bytes that
-        the caller must pass.
-
-    Raises:
-        DamageError: the guard or the footer is damaged.
-    """
+def _read_guard(tail: bytes, size: int) -> Guard | int:
+    """Return the validated guard in the last bytes of a file, or the number of bytes required."""
     if size < _CLOSING.size + _TAIL.size or len(tail) < _CLOSING.size:
         raise DamageError(f"the file is truncated: it has {size} bytes, too few for a shard")
     footer_length, magic = _CLOSING.unpack_from(tail, len(tail) - _CLOSING.size)
@@ -151,7 +128,7 @@ def read_guard(tail: bytes, size: int) -> Guard | int:
 
 
 def _require_cover(ranges: Sequence[tuple[int, int, int]], stop: int) -> None:
-    """Validate that ranges cover the bytes [0, stop) exactly once. Raises DamageError."""
+    """Validate that ranges cover the bytes [0, stop) exactly once."""
     first = 0
     for start, length, _ in ranges:
         if start != first:

@@ -119,13 +119,10 @@ class Shard:
         return total
 
     def read(self, row: int) -> WindowRecord:
-        """Read a row and decode its targets.
+        """Read the row with that index in the shard, and decode its targets.
 
         When rows are read in order, all remaining rows of a row group are decoded together, in two
         thirds of the time of decoding each alone. A row that is read at random is decoded alone.
-
-        Args:
-            row: index of the row in the shard, from 0.
 
         Raises:
             CacheCorruptionError: the row or its row group is damaged.
@@ -180,9 +177,6 @@ class Shard:
     def read_group(self, group: int) -> list[WindowRecord]:
         """Read all rows of a row group, and verify Parquet's page checksums as well.
 
-        Args:
-            group: index of the row group.
-
         Raises:
             CacheCorruptionError: the row group is damaged.
         """
@@ -217,13 +211,7 @@ class Shard:
         return max(1, FREE_ENTRIES // self._identity.window_length)
 
     def _decode(self, group: int, indices: range, rows: Rows) -> list[WindowRecord]:
-        """Decode consecutive rows of a row group in one pass.
-
-        Args:
-            group: index of the row group.
-            indices: indices of the rows in the row group.
-            rows: rows of the row group.
-        """
+        """Decode the rows with the given consecutive indices in a row group in one pass."""
         first, length = group * ROWS_PER_GROUP + indices.start, self._identity.window_length
         try:
             records = [self._record(index, rows) for index in indices]
@@ -267,7 +255,7 @@ class Shard:
                 reader.skip(kind)
 
     def _read_description(self) -> dict[str, Any]:
-        """Parse and validate the JSON description in the footer. Raises DamageError."""
+        """Parse and validate the JSON description in the footer."""
         metadata, start, stop = self.metadata, self.start, self.stop
         if not self._parquet.schema_arrow.equals(self._schema):
             raise DamageError(
@@ -376,17 +364,11 @@ _FAILURES = (
 
 
 class _BufferedRange(io.RawIOBase):
-    """File object with one validated range in memory, so that pyarrow can read nothing else.
+    """File object with one validated range in memory, so that pyarrow can read nothing else."""
 
-    Attributes:
-        start: offset of the range in bytes.
-        size: size of the file in bytes.
-        data: bytes of the range.
-    """
-
-    start: int = 0
-    size: int = 0
-    data: bytes = b""
+    start: int = 0  # offset of the range in bytes
+    size: int = 0  # size of the file in bytes
+    data: bytes = b""  # bytes of the range
     _at: int = 0
 
     def readable(self) -> bool:
@@ -453,11 +435,7 @@ def _corruption(
 ) -> tuple[Int32, float]:
     """Return the inputs of a window, int32 [L], and its rate of corruption.
 
-    Args:
-        tokens: int32 [L].
-        mask: bool [L], True for positions with a target; None if all positions have one.
-        hidden: int32 [Q], inputs at the positions with a target.
-        rate: rate of corruption.
+    `hidden` contains the inputs at the positions with a target.
     """
     inputs = tokens.copy()
     inputs[slice(None) if mask is None else mask] = hidden
@@ -479,7 +457,7 @@ def _windows_named(name: str) -> str:
 
 
 def _require_totals(description: Mapping[str, Any], windows: int, identity: Identity) -> None:
-    """Validate the types and bounds of the totals in a description. Raises DamageError."""
+    """Validate the types and bounds of the totals in a description."""
     positions = windows * identity.window_length
     for name, kinds, least, most in (
         ("positions", int, 0, positions),
@@ -496,7 +474,7 @@ def _require_totals(description: Mapping[str, Any], windows: int, identity: Iden
 
 
 def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, bytes]]]:
-    """Return each column's coding tables as pairs (first window, table). Raises DamageError."""
+    """Return each column's coding tables as pairs (first window, table)."""
     tables: dict[str, list[tuple[int, bytes]]] = {}
     for name, column in value.items():
         if not isinstance(column, list):
@@ -505,15 +483,12 @@ def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, byt
             )
         tables[name] = []
         for entry in column:
-            if not (
-                isinstance(entry, list)
-                and len(entry) == 2
-                and isinstance(entry[0], int)
-                and isinstance(entry[1], str)
-            ):
-                raise DamageError(
-                    f"a coding table of {shown(name)} is {shown(entry)}, expected a window and "
-                    "base64 text"
-                )
-            tables[name].append((entry[0], base64.b64decode(entry[1], validate=True)))
+            match entry:
+                case [int(first), str(table)]:
+                    tables[name].append((first, base64.b64decode(table, validate=True)))
+                case _:
+                    raise DamageError(
+                        f"a coding table of {shown(name)} is {shown(entry)}, expected a window and "
+                        "base64 text"
+                    )
     return tables

@@ -69,12 +69,8 @@ def require_pages(
 ) -> None:
     """Validate that each column of a row group has one plain data page of bounded size.
 
-    Args:
-        group: description of the row group in the footer.
-        schema: columns of a shard of this version.
-        first: offset of the row group in the file, in bytes.
-        data: bytes of the row group.
-        length: window length, L.
+    The row group consists of the bytes `data` from byte `first` of the file on; `length` is the
+    number of tokens per window.
 
     Raises:
         DamageError: a page is invalid; the message has the column.
@@ -105,11 +101,8 @@ def require_pages(
         form = (header.get(_TYPE), *(page.get(f) for f in (_ENCODING, _DEFINITIONS, _REPETITIONS)))
         if form != (_DATA_PAGE, encoding, _RLE, _RLE):
             raise DamageError(f"column {name} has a page of an invalid kind or encoding: {form}")
-        values, packed, plain = (
-            page.get(_VALUES),
-            header.get(_COMPRESSED),
-            header.get(_UNCOMPRESSED),
-        )
+        values, packed = page.get(_VALUES), header.get(_COMPRESSED)
+        plain = header.get(_UNCOMPRESSED)
         if values is None or packed is None or plain is None:
             raise DamageError(f"column {name} has a page without sizes")
         if reader.at - offset + packed != size or values != chunk.num_values:
@@ -138,11 +131,7 @@ def _values_bounds(column: str, rows: int, length: int) -> tuple[int, int]:
 def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     """Validate all values of a row group except the targets, and return its rows.
 
-    Args:
-        table: row group, as Parquet's reader returns it.
-        start: index of its first window.
-        length: window length, L.
-        vocab_size: vocabulary size, V.
+    `start` is the index of the first window, and `length` the number of tokens per window.
 
     Raises:
         DamageError: a value is invalid; the message has the window.
@@ -185,11 +174,7 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
 def _hidden(
     columns: Mapping[str, Any], masks: Sequence[Bool | None], start: int, vocab_size: int
 ) -> tuple[list[Int32], list[float]]:
-    """Return each row's inputs at positions with a target, and its rate of corruption.
-
-    Raises:
-        DamageError: a value is invalid.
-    """
+    """Return each row's inputs at positions with a target, and its rate of corruption."""
     rate = columns["rate"].to_numpy()
     _require((rate > 0) & (rate <= 1), start, "has a rate that is not in (0, 1]")
     _require(np.array([m is not None for m in masks]), start, "has corrupted inputs and no mask")

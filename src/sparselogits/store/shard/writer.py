@@ -58,12 +58,9 @@ COMPRESSED = ("tokens", "inputs")
 def encode_shard(
     identity: Identity, records: Sequence[WindowRecord], provenance: Mapping[str, Any]
 ) -> tuple[str, bytes]:
-    """Return a shard's name and content, determined by the arguments and the version of pyarrow.
+    """Encode records of consecutive windows as a shard; return the name and content of the file.
 
-    Args:
-        identity: identity of the cache.
-        records: records of consecutive windows, at least one.
-        provenance: JSON values that describe how the windows were computed.
+    The result depends only on the arguments and the version of pyarrow.
 
     Raises:
         InvalidTargetsError: a record does not match the identity or the other records.
@@ -144,12 +141,7 @@ def _group_stops(metadata: pq.FileMetaData) -> Iterator[int]:
 
 
 def row_crc(record: WindowRecord, block: bytes | memoryview) -> int:
-    """Return the CRC32C of all values of a row except the checksum.
-
-    Args:
-        record: the row, whose targets are not read.
-        block: encoded targets of the row.
-    """
+    """Return the CRC32C of all values of a row, whose encoded targets are `block`."""
     mask = b"" if record.mask is None else record.mask.astype(np.uint8).tobytes()
     parts: tuple[bytes, ...] = (
         struct.pack("<qI", record.window_index, len(record.tokens)),

@@ -72,12 +72,7 @@ class CopyFolder:
         return cls(Path(folder) if folder else user_cache() / "copy", limit)
 
     def get(self, location: str, key: str) -> bytes | None:
-        """Return the bytes stored under a key, and mark them as used; None if there are none.
-
-        Args:
-            location: path or URL of the cache.
-            key: key of the bytes in the cache.
-        """
+        """Return the bytes stored under a key, and mark them as used; None if there are none."""
         path = self._path(location, key)
         try:
             with path.open("rb") as file:
@@ -93,11 +88,6 @@ class CopyFolder:
 
         Bytes larger than the limit are not stored. If the folder cannot be written, the bytes are
         not stored and a warning is issued.
-
-        Args:
-            location: path or URL of the cache.
-            key: key of the bytes in the cache.
-            data: the bytes.
         """
         if len(data) > self.limit:
             return
@@ -107,7 +97,8 @@ class CopyFolder:
             with self._locked() as lock:
                 if path.exists():
                     return
-                total = _total(lock) + len(data)
+                text = os.pread(lock, 20, 0)
+                total = len(data) + (int(text) if text.strip().isdigit() else 0)
                 if total > self.limit:
                     total = len(data) + self._make_room(len(data))
                 # written before the file, so that after a kill the total is not too small
@@ -125,12 +116,7 @@ class CopyFolder:
             )
 
     def drop(self, location: str, prefix: str) -> bool:
-        """Remove the copies of all keys with a prefix; return whether there were any.
-
-        Args:
-            location: path or URL of the cache.
-            prefix: prefix of the keys.
-        """
+        """Remove the copies of all keys with a prefix; return whether there were any."""
         found = list(self._path(location, "").glob(f"{_escaped(prefix)}*"))
         for path in found:
             path.unlink(missing_ok=True)
@@ -141,7 +127,7 @@ class CopyFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        """Lock the folder exclusively; yield the descriptor of the lock file."""
+        """Lock the folder exclusively; yield the descriptor of the file that has the total size."""
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -150,10 +136,9 @@ class CopyFolder:
             os.close(descriptor)
 
     def _make_room(self, wanted: int) -> int:
-        """Evict the least recently used files; return the total size of the others in bytes.
+        """Free `wanted` bytes and an eighth of the limit; return the total size of the other files.
 
-        Args:
-            wanted: number of bytes to free in addition to an eighth of the limit.
+        The least recently used files are evicted.
         """
         files = []
         for path in self.path.glob("*/*"):
@@ -169,12 +154,6 @@ class CopyFolder:
             path.unlink(missing_ok=True)
             total -= size
         return total
-
-
-def _total(lock: int) -> int:
-    """Return the total size of the files in bytes, which is read from the lock file."""
-    text = os.pread(lock, 20, 0)
-    return int(text) if text.strip().isdigit() else 0
 
 
 def _escaped(key: str) -> str:

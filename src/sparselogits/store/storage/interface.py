@@ -23,11 +23,6 @@ class ReadableFiles(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or fewer if the file ends before `stop`.
 
-        Args:
-            name: name of the file.
-            start: first byte.
-            stop: byte after the last one; None for the end of the file.
-
         Raises:
             FileNotFoundError: the file does not exist.
         """

@@ -71,14 +71,10 @@ class LocalStorage:
             return size, _read_exactly(descriptor, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a new file durably and atomically.
-
-        Returns:
-            False if the file already exists.
+        """Write a new file durably and atomically; return False if the file already exists.
 
         Raises:
-            StorageError: the file cannot be written, for example because the disk is full or the
-                folder is read-only; no partial file remains.
+            StorageError: the file cannot be written; no partial file remains.
             CacheCorruptionError: the bytes read back differ from the bytes written.
         """
         path = self.root / name
@@ -152,7 +148,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _require_same(path: Path, data: bytes) -> None:
-    """Validate that a file contains exactly the given bytes. Raises CacheCorruptionError."""
+    """Validate that a file contains exactly the given bytes."""
     with path.open("rb", buffering=0) as file:
         if _read_exactly(file.fileno(), 0, len(data) + 1) != data:
             raise CacheCorruptionError(

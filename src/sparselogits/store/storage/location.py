@@ -26,9 +26,6 @@ def is_url(location: Location) -> bool:
 def storage_at(location: Location | Storage) -> Storage:
     """Return the storage at a location; a storage is returned unchanged.
 
-    Args:
-        location: path, URL or storage.
-
     Raises:
         InvalidArgumentError: the URL is malformed, or fsspec has no driver for its scheme.
         MissingDependencyError: the driver of the URL is not installed.

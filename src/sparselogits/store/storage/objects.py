@@ -1,17 +1,16 @@
 """Store a cache in an object store, as write-once objects under a prefix.
 
-fsspec provides the drivers, such as s3fs for `s3://`, or those for `hf://` (the Hugging Face hub)
-and `memory://` (tests). A driver must support reading ranges, listing, and a conditional put, which
-creates an object only if it does not exist. A conditional put is atomic, so temporary objects are
-not required, and any one of several concurrent writers may succeed. Drivers without a conditional
-put, such as `hf://`, check for the name before the put, so use only one writer at a time with them.
-With drivers whose puts may not be atomic, such as `sftp://`, an object is written under a temporary
-name, its size is compared, and it is renamed.
+fsspec provides the drivers, such as s3fs for `s3://`. A driver must support reading ranges,
+listing, and a conditional put, which creates an object only if it does not exist. A conditional put
+is atomic, so temporary objects are not required, and any one of several concurrent writers may
+succeed. Drivers without a conditional put, such as `hf://`, check for the name before the put, so
+use only one writer at a time with them. With drivers whose puts may not be atomic, such as
+`sftp://`, an object is written under a temporary name, its size is compared, and it is renamed.
 
 The server validates a checksum of each put before it creates the object (botocore adds a CRC32), so
-objects are not read back. Failed requests are retried with increasing pauses; a permanent failure
-raises StorageError. A put whose response was lost may report that the object already exists when it
-is retried; the object is then complete.
+objects are not read back. Drivers retry failed requests with increasing pauses. A put whose
+response was lost may report that the object already exists when it is retried; the object is then
+complete.
 """
 
 from __future__ import annotations
@@ -120,13 +119,10 @@ class ObjectStorage:
         return size, self.read(name, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create an object; sends one request, or several for more than 100 MB.
+        """Create an object; return False if it already exists.
 
-        The first successful put is repeated. If the server accepts the second put, it ignores the
-        condition, so one writer could overwrite another.
-
-        Returns:
-            False if the object already exists.
+        Sends one request, or several for more than 100 MB. The first successful put is repeated: a
+        server that accepts the second put ignores the condition.
 
         Raises:
             StorageError: the object cannot be created, or the server ignores the condition.
@@ -226,17 +222,7 @@ class ObjectStorage:
         return self._opened[1:]
 
     def _ask(self, verb: str, name: str, request: Callable[[], T]) -> T:
-        """Send a request and return its result; convert errors to StorageError.
-
-        Args:
-            verb: operation, for the message.
-            name: name of the object, for the message.
-            request: function that sends the request.
-
-        Raises:
-            FileNotFoundError: the object does not exist.
-            StorageError: the request failed in any other way.
-        """
+        """Send a request and return its result; convert other errors than a missing object."""
         try:
             return request()
         except FileNotFoundError:
@@ -252,15 +238,7 @@ class ObjectStorage:
 def _put_whole(files: Any, path: str, data: bytes, *, replace: bool = False) -> None:
     """Put an object under a temporary name and rename it, if the driver supports renaming.
 
-    Args:
-        files: fsspec file system.
-        path: path of the object.
-        data: content of the object.
-        replace: whether to replace an existing object.
-
-    Raises:
-        FileExistsError: the object already exists.
-        OSError: the object could not be put; no partial object remains.
+    After an error, such as a FileExistsError without `replace`, no partial object remains.
     """
     from fsspec import AbstractFileSystem
 

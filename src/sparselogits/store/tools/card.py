@@ -15,9 +15,7 @@ _LONGEST = 1 << 17  # largest number of characters of the identity in a card
 def dataset_card(identity: Identity, statistics: CacheStatistics | None = None) -> str:
     """Return the dataset card in Markdown: contents of the cache, usage example and identity.
 
-    Args:
-        identity: identity of the cache.
-        statistics: statistics of the cache; None before shards are built.
+    The statistics are None before shards are built.
     """
     table = "" if statistics is None else _table(identity, statistics)
     settings = json.dumps(identity.to_json(), indent=2, sort_keys=True, ensure_ascii=False)

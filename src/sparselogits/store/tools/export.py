@@ -152,13 +152,10 @@ def _export_parquet(
 def _export_dataset(
     cache: Cache, folder: Path, settings: _Settings, progress: Progress | None
 ) -> None:
-    """Save the columns of `lists` as a `datasets` folder.
-
-    The dataset is created from Parquet files, because `Dataset.from_generator` would pickle the
-    generator together with the caller's progress display.
-    """
+    """Save the columns of `lists` as a `datasets` folder."""
     from datasets import Dataset  # slow to import
 
+    # by way of Parquet files, because `Dataset.from_generator` would pickle the progress display
     with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
         names = _export_parquet(cache, Path(work), "lists", settings, progress)
         parts = [f"{work}/{name}" for name in names]
@@ -263,10 +260,7 @@ def _packing(settings: _Settings) -> str:
 
 
 def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the row of a window in the format `axolotl`.
-
-    Token j has the targets that predict it.
-    """
+    """Return the row of a window in the format `axolotl`, with targets by predicted token."""
     from sparselogits.documents import restarting_positions  # slow to import
 
     labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)
@@ -308,12 +302,7 @@ def _matrix(values: _Array) -> pa.Array:
 
 
 def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
-    """Return a table of one row: a window's index and tokens, and one list per column.
-
-    Args:
-        record: the window.
-        columns: values by name, one per position.
-    """
+    """Return a table of one row: a window's index and tokens, and one list per column."""
     index = {"window_index": pa.array([record.window_index], pa.int64())}
     whole = {"tokens": pa.array(record.tokens), **columns}
     if record.inputs is not None:

@@ -102,15 +102,9 @@ def _texts_of(
     shards: Sequence[tuple[Cache, Range]],
     holder: Mapping[Range, Cache],
 ) -> TextCheck:
-    """Return the texts that the sources and their shards record.
+    """Return the texts that the sources and their shards record, after validating that they agree.
 
-    Args:
-        sources: the caches.
-        shards: all shards of all caches.
-        holder: for each range, the cache whose shard is copied.
-
-    Raises:
-        IdentityMismatchError: two texts claim the same windows.
+    `holder` maps each range to the cache whose shard is copied.
     """
     texts = TextCheck([])
     for source in sources:
@@ -121,14 +115,13 @@ def _texts_of(
                 raise IdentityMismatchError(f"{source.root}: {error}; {_APART}") from error
     _require_texts(texts, holder.items())
     for source, windows in shards:
-        other = holder[windows]
-        if other is not source:
-            _require_same_text(source, other, windows)
+        if holder[windows] is not source:
+            _require_same_text(source, holder[windows], windows)
     return texts
 
 
 def _require_texts(texts: TextCheck, shards: Iterable[tuple[Range, Cache]]) -> None:
-    """Validate that the texts in the shards' provenance agree. Raises IdentityMismatchError."""
+    """Validate that the texts in the shards' provenance agree."""
     for windows, cache in sorted(shards, key=lambda shard: shard[0]):
         try:
             texts.require(windows, cache.provenance(windows[0]))
@@ -143,7 +136,7 @@ _APART = "caches of different texts cannot be merged; store each text in a separ
 
 
 def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
-    """Validate that two caches have the same text in a range. Raises IdentityMismatchError."""
+    """Validate that two caches have the same text in a range."""
     found = [cache.provenance(windows[0]).get("corpus") for cache in (one, other)]
     if found[0] != found[1]:
         raise IdentityMismatchError(
@@ -153,11 +146,7 @@ def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
 
 
 def _is_kept(source: Cache, target: Cache, windows: Range) -> bool:
-    """Return whether an existing shard of the merged cache is sound and can be kept.
-
-    Raises:
-        IdentityMismatchError: the shard is sound but was built from other text.
-    """
+    """Return whether an existing shard of the merged cache is sound; validate its text if so."""
     name = shard_name(*windows)
     here, there = _frame(source.storage, name), _frame(target.storage, name)
     if there is not None and here == there:
@@ -179,7 +168,7 @@ def _frame(storage: Storage, name: str) -> tuple[Guard, bytes] | None:
 
 
 def _require_disjoint(holder: dict[Range, Cache]) -> None:
-    """Validate that ranges do not overlap. Raises CacheError."""
+    """Validate that ranges do not overlap."""
     for before, after in pairwise(sorted(holder)):
         if after[0] < before[1]:
             raise CacheError(

@@ -82,12 +82,9 @@ def require_unlinked(path: Path) -> None:
 
 
 def _require_no_links(cache: Cache, root: Path) -> None:
-    """Validate that no file of a local cache is a link. Raises InvalidArgumentError."""
-    require_unlinked(root / CACHE_JSON)
-    for folder in (SHARDS, TEXTS):
-        if (root / folder).exists():
-            require_unlinked(root / folder)
-    for windows in cache.finished():
-        require_unlinked(root / shard_name(*windows))
-    for name in cache.storage.names(TEXTS):
-        require_unlinked(root / TEXTS / name)
+    """Validate that no file of a local cache is a link."""
+    folders = [folder for folder in (SHARDS, TEXTS) if (root / folder).exists()]
+    shards = [shard_name(*windows) for windows in cache.finished()]
+    texts = [f"{TEXTS}/{name}" for name in cache.storage.names(TEXTS)]
+    for name in (CACHE_JSON, *folders, *shards, *texts):
+        require_unlinked(root / name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, count
 
 from sparselogits.errors import CacheError
 from sparselogits.locks import Held, lock_file
@@ -76,7 +77,7 @@ def repair(
 
 @contextmanager
 def _exclusive(cache: Cache) -> Iterator[None]:
-    """Lock the cache against other repairs, which could move a rebuilt shard. Raises CacheError."""
+    """Lock the cache against other repairs, which could move a rebuilt shard."""
     storage = cache.storage
     if not isinstance(storage, LocalStorage):
         yield
@@ -91,20 +92,14 @@ def _exclusive(cache: Cache) -> Iterator[None]:
 
 
 def set_aside(cache: Cache, name: str) -> str:
-    """Move a file of a cache to the folder `damaged`; return its new name.
-
-    Args:
-        cache: the cache.
-        name: path of the file, relative to the cache.
+    """Move a file of a cache to the folder `damaged`; return the file's new name.
 
     Raises:
         FileNotFoundError: the file does not exist.
         StorageError: the file cannot be moved.
     """
     taken, base = set(cache.storage.names(DAMAGED)), name.rpartition("/")[2]
-    free, number = base, 1
-    while free in taken:
-        number += 1
-        free = f"{base}.{number}"
-    cache.storage.move(name, f"{DAMAGED}/{free}")
-    return f"{DAMAGED}/{free}"
+    names = chain([base], (f"{base}.{number}" for number in count(2)))
+    free = f"{DAMAGED}/{next(name for name in names if name not in taken)}"
+    cache.storage.move(name, free)
+    return free

@@ -104,12 +104,9 @@ def _whole_numbers(values: Tensor, bins: int = 8) -> Histogram:
 
 
 def _histogram(values: Tensor, edges: Sequence[float] | None, bins: int = 8) -> Histogram:
-    """Return a histogram of float values; the outer bins also count values beyond the edges.
+    """Return a histogram of values; the outer bins also count values beyond the edges.
 
-    Args:
-        values: float [N].
-        edges: edges of the bins; None for bins of equal width between smallest and largest value.
-        bins: number of bins if edges is None.
+    If `edges` is None, bins of equal width are used, from the smallest to the largest value.
     """
     if edges is None:
         low = float(values.min()) if len(values) else 0.0

@@ -9,7 +9,7 @@ the fingerprint of the text, the identity, and that no window is missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,6 @@ from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard.reader import Shard
 from sparselogits.store.storage.memory import FilesInMemory
 from sparselogits.store.texts import TextCheck, named_texts
-from sparselogits.targets import SparseTargets
 
 TextOf = Callable[[Range], str | None]
 """Function that maps a range of windows to the fingerprint of its text; None if unavailable."""
@@ -144,14 +143,14 @@ def _verify_shard(
         if sample is None:  # read the file once, then decode it from memory
             file = FilesInMemory({name: shard.read_bytes()}, cache.storage.location)
             shard = Shard(file, name, cache.identity)
-        records = _Totals()
+        rows = []
         for group in spread(shard.groups, sample or shard.groups):
             for record in shard.read_group(group):
                 _require_sound(shard, record, cache)
-                records.add(record)
+                rows.append(_totals(record))
                 checked += 1
         if checked == len(shard):
-            records.require(shard)
+            _require_totals(shard, rows)
         _require_text(shard, windows, texts, text_of)
     except StorageError:  # the shard may be sound
         raise
@@ -161,7 +160,7 @@ def _verify_shard(
 
 
 def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextOf | None) -> None:
-    """Validate the text in a shard's provenance. Raises CacheCorruptionError."""
+    """Validate the text in a shard's provenance."""
     provenance = shard.description["provenance"]
     try:
         texts.require(windows, provenance)
@@ -175,19 +174,12 @@ def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextO
 
 
 def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
-    """Validate the invariants that decoding does not enforce. Raises CacheCorruptionError."""
+    """Validate the invariants that decoding does not enforce."""
     targets, where = record.targets, f"{shard.name}, window {record.window_index}"
     try:
         masked = cache.identity.objective is not None
         record.validate(cache.identity.window_length, masked=masked)
-        SparseTargets(
-            targets.ids,
-            targets.weights,
-            targets.offsets,
-            targets.vocab_size,
-            counts=targets.counts,
-            rounds=targets.rounds,
-        )
+        replace(targets, check=True)
     except InvalidTargetsError as error:
         raise CacheCorruptionError(f"{where}: {error}; {_REBUILD}") from error
     length = len(record.tokens)
@@ -206,41 +198,30 @@ def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
 _REBUILD = "run `sparselogits repair` on the cache, then build its windows again"
 
 
-class _Totals:
-    """Totals of the rows of a shard, to be compared with the totals in its footer."""
+def _totals(record: WindowRecord) -> tuple[int, int, float, float, Window]:
+    """Return the entries, positions with a target, loss, entropy and text of a row."""
+    mask = record.mask if record.inputs is None else None  # otherwise it marks the corruption
+    window = Window(record.window_index, record.tokens, record.document_starts, mask)
+    positions = int(record.present().sum())
+    return record.targets.entries, positions, record.teacher_loss, record.teacher_entropy, window
 
-    def __init__(self) -> None:
-        self.entries = self.positions = 0
-        self.losses: list[float] = []
-        self.entropies: list[float] = []
-        self.text: list[Window] = []
-        self.masks = True
 
-    def add(self, record: WindowRecord) -> None:
-        """Add a row to the totals."""
-        self.entries += record.targets.entries
-        self.positions += int(record.present().sum())
-        self.losses.append(record.teacher_loss)
-        self.entropies.append(record.teacher_entropy)
-        self.masks = record.inputs is None  # otherwise the mask marks the corruption
-        own = record.tokens, record.document_starts, record.mask
-        self.text.append(Window(record.window_index, *own))
-
-    def require(self, shard: Shard) -> None:
-        """Validate the totals in a shard's footer. Raises CacheCorruptionError."""
-        recorded = dict(shard.description)
-        found: dict[str, object] = {
-            "entries": self.entries,
-            "positions": self.positions,
-            "teacher_loss": float(np.mean(np.array(self.losses, np.float32))),
-            "teacher_entropy": float(np.mean(np.array(self.entropies, np.float32))),
-        }
-        if "corpus" in recorded["provenance"]:
-            recorded["corpus"] = recorded["provenance"]["corpus"]
-            found["corpus"] = fingerprint(self.text, masks=self.masks)
-        for key, value in found.items():
-            if recorded[key] != value:
-                raise CacheCorruptionError(
-                    f"{shard.name}: the rows have {key} {value}, expected {recorded[key]} as in "
-                    f"the footer; {_REBUILD}"
-                )
+def _require_totals(shard: Shard, rows: Iterable[tuple[int, int, float, float, Window]]) -> None:
+    """Validate the totals in a shard's footer, given the `_totals` of each row."""
+    entries, positions, losses, entropies, text = zip(*rows, strict=True)
+    recorded = dict(shard.description)
+    found: dict[str, object] = {
+        "entries": sum(entries),
+        "positions": sum(positions),
+        "teacher_loss": float(np.mean(np.array(losses, np.float32))),
+        "teacher_entropy": float(np.mean(np.array(entropies, np.float32))),
+    }
+    if "corpus" in recorded["provenance"]:
+        recorded["corpus"] = recorded["provenance"]["corpus"]
+        found["corpus"] = fingerprint(text)
+    for key, value in found.items():
+        if recorded[key] != value:
+            raise CacheCorruptionError(
+                f"{shard.name}: the rows have {key} {value}, expected {recorded[key]} as in the "
+                f"footer; {_REBUILD}"
+            )
