@@ -69,7 +69,7 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
     variables = _decoded(record.get("chat_template_kwargs"), "chat_template_kwargs")
     if not isinstance(variables, dict | None):
         raise CorpusError(
-            f"`chat_template_kwargs` contains {_kind(variables)}; expected an object of the "
+            f"`chat_template_kwargs` contains {_kind(variables)}; give an object with the "
             "template's variables"
         )
     return Conversation(
@@ -85,7 +85,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     wrong = CorpusError(
-        f"the field `{name}` contains {_kind(value)} instead of messages; expected a list of "
+        f"the field `{name}` contains {_kind(value)} instead of messages; give a list of "
         "objects with `role` and `content`"
     )
     try:
@@ -123,7 +123,7 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
         role = message.pop("from")
         if role not in (*_ROLES, *_SHAREGPT_ROLES, "function_call"):
             raise CorpusError(
-                f"{place} is from {str(role)[:40]!r}; expected one of "
+                f"{place} is from {str(role)[:40]!r}; give one of "
                 f"{', '.join((*_SHAREGPT_ROLES, 'function_call', *_ROLES))}"
             )
         role = _SHAREGPT_ROLES.get(role, role)
@@ -135,7 +135,7 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
         if "from" in given and not sharegpt:
             advice = ". For ShareGPT's form (`from`, `value`), rename the field to `conversations`"
         raise CorpusError(
-            f"{place} has {found} (its fields: {_names(given)}); expected a role such as 'user' or "
+            f"{place} has {found} (its fields: {_names(given)}); give a role such as 'user' or "
             f"'assistant'{advice}"
         )
     if role not in _ROLES and role.strip().lower() in _ROLES:
@@ -147,8 +147,8 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
         return _sharegpt_call(content)
     if content is None and not any(name in message for name in _INSTEAD_OF_CONTENT):
         raise CorpusError(
-            f"{place} has no `content` (its fields: {_names(given)}); expected text, a list of "
-            "parts, or tool calls"
+            f"{place} has no `content` (its fields: {_names(given)}); give text, a list of parts, "
+            "or tool calls"
         )
     if content is None:
         return {"role": role, **message}
@@ -162,7 +162,7 @@ def _content(content: Any, role: str, place: str) -> Any:
         return content  # the result of a tool
     if not isinstance(content, list | tuple):
         raise CorpusError(
-            f"{place} has content of type {_kind(content)}; expected text or a list of parts"
+            f"{place} has content of type {_kind(content)}; give text or a list of parts"
         )
     parts = []
     for part in content:
@@ -200,8 +200,8 @@ def _objects(value: Any, name: str) -> list[Any] | None:
     items = [_decoded(item, name) for item in value] if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, Mapping) for item in items):
         raise CorpusError(
-            f"`{name}`, an input of the chat template, contains {_kind(value)}; expected a list of "
-            "objects. Rename the field if it has another meaning"
+            f"`{name}`, an input of the chat template, contains {_kind(value)}; give a list of "
+            "objects, or rename the field if it has another meaning"
         )
     return items
 

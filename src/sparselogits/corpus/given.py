@@ -33,10 +33,7 @@ Records = Iterable[Mapping[str, Any]]
 def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceFile:
     """Write records to a JSON lines file that is named by its hash, and return the file.
 
-    Args:
-        records: records, iterated once.
-        fields: names of the fields that are written.
-        folder: folder of the file; None for `records` in the user's cache folder.
+    The file is written to `records` in the user's cache folder if `folder` is None.
 
     Raises:
         CorpusError: there are no records, or a record contains no text or a value that is not text.
@@ -97,7 +94,11 @@ def _lines(records: Records, schema: pa.Schema | None, fields: Fields) -> Iterat
                 f"record {number} is a {type(record).__name__}, not a dict of named fields; give "
                 "dicts"
             )
-        values = {name: _of_pandas(value) for name, value in record.items()}
+        values = {
+            # pandas stores a missing value as NaN
+            name: None if isinstance(value, float) and value != value else _plain_lists(value)
+            for name, value in record.items()
+        }
         chosen = fields.kept(values, partial("record {}".format, number))
         for name in kinds.keys() & chosen.keys():
             chosen[name] = plain(chosen[name], kinds[name], decoded=True)
@@ -110,13 +111,6 @@ def _lines(records: Records, schema: pa.Schema | None, fields: Fields) -> Iterat
             ) from error
     if number < 0:
         raise CorpusError("the dataset is empty: it has no records; give a dataset with text")
-
-
-def _of_pandas(value: Any) -> Any:
-    """Convert a field's value to lists and plain values; NaN, missing in pandas, becomes None."""
-    if isinstance(value, float) and value != value:
-        return None
-    return _plain_lists(value)
 
 
 def _plain_lists(value: Any) -> Any:

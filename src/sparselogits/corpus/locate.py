@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,10 +207,12 @@ def _folder(folder: Path, split: str, configuration: str | None) -> Located:
     chosen = _of_one_format([name for name in names if formats[name]], formats)
     if not chosen:
         known = sorted(suffix for each in known_formats() for suffix in each.suffixes)
+        counts = Counter(Path(name).suffix or "files without a suffix" for name in found)
+        others = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(5)) or "no files"
         raise CorpusError(
             f"{folder} contains no text that is read from folders ({', '.join(known)}, "
-            f"compressed .jsonl); it contains {_suffixes(map(Path, found))}. To read other files "
-            f"as text, name them by a pattern, such as '{folder}/**/*.py'"
+            f"compressed .jsonl); it contains {others}. To read other files as text, name them by "
+            f"a pattern, such as '{folder}/**/*.py'"
         )
     suffix = content_suffix(Path(next(iter(chosen))))
     for name in names:
@@ -329,11 +331,6 @@ def _matching(pattern: str) -> list[SourceFile]:
     if not found:
         raise CorpusError(f"no file matches {pattern}; check the path, and quote the pattern")
     return [SourceFile(path, path.relative_to(root).as_posix(), _format_of(path)) for path in found]
-
-
-def _suffixes(paths: Iterable[Path]) -> str:
-    counts = Counter(path.suffix or "files without a suffix" for path in paths)
-    return ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(5)) or "no files"
 
 
 def _looks_like_file(path: Path) -> bool:

@@ -292,15 +292,14 @@ def _start_worker(work: _Work, counter: Any, stop: Any) -> None:
     _worker = work, counter, stop
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Exit this worker when its parent exits, because a killed parent cannot stop its workers."""
     parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+
+    def exit_with_parent() -> None:  # because a killed parent cannot stop its workers
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _work(portion: Portion, number: int) -> None:

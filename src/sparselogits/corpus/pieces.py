@@ -106,24 +106,12 @@ def document_key(head: bytes) -> int:
 
 
 def cut_pieces(
-    read: Read,
-    start: int,
-    stop: int,
-    *,
-    document: tuple[int, int],
-    key: int,
-    name: str,
+    read: Read, start: int, stop: int, *, document: tuple[int, int], key: int, name: str
 ) -> Iterator[Piece]:
-    """Yield the pieces of a document's bytes [start, stop).
+    """Yield the pieces of a document's bytes [start, stop), whose ends are from `next_cut`.
 
-    Args:
-        read: reads bytes of the file or string that contains the document.
-        start: offset of the first byte, from `next_cut` or the beginning of the document.
-        stop: offset after the last byte, from `next_cut` or the end of the document.
-        document: offsets of the document's first byte and after its last byte; margins stay within
-            them. An end beyond `stop + MARGIN_BYTES` may be replaced by any larger offset.
-        key: key of the document.
-        name: name of the file, for errors.
+    Margins stay within the document, given by the offsets of the first byte and after the last one.
+    An end beyond `stop + MARGIN_BYTES` may be replaced by any larger offset.
 
     Raises:
         CorpusError: the bytes are not UTF-8; the message contains the offset of the first invalid

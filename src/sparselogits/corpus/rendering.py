@@ -76,11 +76,7 @@ class RenderError(Exception):
 
 
 class Renderer:
-    """Renderer of conversations with one chat template.
-
-    Args:
-        template: fields of a `chat.ChatTemplate`.
-    """
+    """Renderer of conversations with a chat template, given by the fields of a `ChatTemplate`."""
 
     def __init__(self, template: Mapping[str, Any]) -> None:
         texts = (template["template"], template["with_tools"])
@@ -94,9 +90,8 @@ class Renderer:
     def rendered(self, request: Mapping[str, Any]) -> tuple[str, list[CharacterRange]]:
         """Return a conversation's text and the character ranges of the loss mask.
 
-        Args:
-            request: fields of a `conversation.Conversation`, and `masked`: whether to return the
-                loss mask, instead of an empty list.
+        The request contains the fields of a `Conversation`, and `masked`. If that is false, no loss
+        mask is determined.
 
         Raises:
             RenderError: the template raises an error, or the loss mask cannot be determined.

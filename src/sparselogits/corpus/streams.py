@@ -227,11 +227,9 @@ def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]
 
 
 class TokenStream:
-    """Stream of tokens with random access; threads may share it.
+    """Stream of the tokens in a folder of parts, with random access; threads may share it.
 
-    Args:
-        folder: folder of the parts.
-        lengths: number of tokens in each part, in order.
+    `lengths` contains the number of tokens in each part.
     """
 
     def __init__(self, folder: Path, lengths: Sequence[int]) -> None:

@@ -98,8 +98,8 @@ def token_piece(
         size: number of bytes that the row occupies in the source.
         learnt: whether each token carries a target, bool [N]; None if all tokens do.
         starts: positions greater than 0 at which documents begin; None for one document.
-        opens: whether the piece begins with the first token of the row.
-        closes: whether the piece ends with the last token of the row.
+        opens: whether the piece begins with the row's first token.
+        closes: whether the piece ends with the row's last token.
 
     Raises:
         CorpusError: an id lies outside the vocabulary, or the row is longer than a window.
@@ -199,7 +199,7 @@ def _integers(
     """
     value = columns[name]
     if not isinstance(value, list | tuple | np.ndarray):
-        _refuse(where, f"has {type(value).__name__} in `{name}`; expected a list of numbers")
+        _refuse(where, f"has {type(value).__name__} in `{name}`; give a list of numbers")
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):  # ragged, or beyond 64 bits
@@ -207,13 +207,13 @@ def _integers(
     if array.size == 0:
         array = np.empty(0, np.int64)
     if array.ndim != 1:
-        _refuse(where, f"has lists in `{name}`; expected one flat list of numbers per row")
+        _refuse(where, f"has lists in `{name}`; give one flat list of numbers per row")
     if array.dtype.kind not in "iub":
         _refuse(where, f"has other values than integers in `{name}`; tokenize the text again")
     if length is not None and len(array) != length:
         _refuse(
             where,
-            f"has {length} ids and {len(array)} values of `{name}`; expected equal numbers",
+            f"has {length} ids and {len(array)} values of `{name}`; give one value per id",
         )
     return array.astype(np.int64)
 
@@ -244,8 +244,7 @@ def _require_labels(labels: _Array, ids: _Array, where: _Where) -> None:
     advice = (
         "the labels are shifted by one; give unshifted labels, as for transformers' models"
         if shifted
-        else f"expected the id or {IGNORE_INDEX}, since targets other than the text are not "
-        "supported"
+        else f"give the id or {IGNORE_INDEX}; targets other than the text are not supported"
     )
     _refuse(where, f"has the label {labels[at]} for the id {ids[at]} at position {at}; {advice}")
 
@@ -269,8 +268,8 @@ def _starts(
         if len(wrong):
             _refuse(
                 where,
-                f"has the position id {positions[wrong[0]]} at position {wrong[0]}; expected 0, or "
-                "the previous position id plus one, since other positions are not supported",
+                f"has the position id {positions[wrong[0]]} at position {wrong[0]}; give 0, or the "
+                "previous position id plus one; other positions are not supported",
             )
         marks["position_ids"] = begins[1:]
     if "seq_lengths" in found:
@@ -280,8 +279,7 @@ def _starts(
             total = f"sum to {int(lengths.sum())}" if within else "are not positive"
             _refuse(
                 where,
-                f"has seq_lengths that {total}; expected lengths that sum to the row's {count} "
-                "tokens",
+                f"has seq_lengths that {total}; give lengths that sum to the row's {count} tokens",
             )
         ends = np.cumsum(lengths)[:-1]
         marks["seq_lengths"] = ends[ends < count]

@@ -138,8 +138,8 @@ def require_tokenizer(
             difference = _difference(found, cached.get("roles"), cached_added, origin)
             if difference:
                 warnings.warn(
-                    f"the ids of {whose} are the same tokens as in {origin}, but it differs in: "
-                    f"{difference}",
+                    f"the ids of {whose} are the same tokens as in {origin}, but the tokenizer "
+                    f"differs in: {difference}. If this is unintended, use that of {origin}",
                     SparseLogitsWarning,
                     stacklevel=2,
                 )

@@ -59,10 +59,6 @@ class Cache:
 
     Forked and spawned processes may share a `Cache`; each thread needs a separate one.
 
-    Args:
-        storage: storage of the cache.
-        identity: identity of the cache, which must be valid.
-
     Examples:
         >>> cache = Cache.open("my-cache")
         >>> record = cache.read(0)
@@ -293,7 +289,7 @@ class Cache:
         """Return the shard and the row of the i-th window."""
         ranges, count = self._listed(), len(self)
         if not -count <= i < count:
-            raise IndexError(f"window {i} is out of range for a cache of {count} windows")
+            raise IndexError(f"window {i} is out of range; give an index below {count}")
         i %= count
         index = bisect_right(self._before, i) - 1
         return ranges[index], i - self._before[index]
@@ -326,7 +322,7 @@ class Cache:
     def _require_consecutive(self, records: Sequence[WindowRecord]) -> None:
         """Validate records, whose windows must be consecutive."""
         if not records:
-            raise InvalidTargetsError("found no records; a shard contains at least one window")
+            raise InvalidTargetsError("found no records; pass at least one")
         masked = self.identity.objective is not None
         for index, record in enumerate(records, records[0].window_index):
             record.validate(self.identity.window_length, masked=masked)

@@ -113,8 +113,7 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
 class TextCheck:
     """Check of the texts in shards' provenance against the cache's texts and against each other.
 
-    Args:
-        named: texts that the cache records; see `named_texts`.
+    If the cache records no texts, only the texts of the shards are compared.
     """
 
     def __init__(self, named: Iterable[TextSpan]) -> None:

@@ -43,20 +43,20 @@ def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
     """Return an instance of the format class that an entry point declares, after validating it."""
     if not (isinstance(kind, type) and issubclass(kind, Format)):
         raise InvalidArgumentError(
-            f"the entry point {name!r} names {kind!r}; expected a subclass of "
+            f"the entry point {name!r} names {kind!r}; declare a subclass of "
             "sparselogits.corpus.Format"
         )
     added = kind()
     if getattr(added, "name", None) != name or any(other.name == name for other in known):
         raise InvalidArgumentError(
-            f"the format {kind.__name__} has the name {getattr(added, 'name', None)!r}; expected "
-            f"that of the entry point, {name!r}, and none of {', '.join(o.name for o in known)}"
+            f"the format {kind.__name__} has the name {getattr(added, 'name', None)!r}; set that "
+            f"of the entry point, {name!r}, and none of {', '.join(o.name for o in known)}"
         )
     taken = {*COMPRESSIONS, *(suffix for other in known for suffix in other.all_suffixes)}
     for suffix in added.all_suffixes:
         if suffix in taken or not suffix.startswith(".") or suffix != suffix.lower():
             raise InvalidArgumentError(
-                f"the format {name!r} has the suffix {suffix!r}; expected a suffix in lower case "
+                f"the format {name!r} has the suffix {suffix!r}; declare a suffix in lower case "
                 f"that begins with a dot and is none of {', '.join(sorted(taken))}"
             )
     return added

@@ -30,11 +30,11 @@ _XZ_MEMORY = 1 << 31
 class _Decompressor:
     """Decompressor of zlib or zstandard with the interface of `bz2.BZ2Decompressor`.
 
-    zstandard decompresses all of the input at each call, whatever the limit `most` is.
+    zstandard, which is not `limited`, decompresses all of the input at each call.
     """
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, *, limited: bool) -> None:
+        self._inner, self._limited = inner, limited
 
     @property
     def eof(self) -> bool:
@@ -46,19 +46,22 @@ class _Decompressor:
 
     @property
     def needs_input(self) -> bool:
-        return not getattr(self._inner, "unconsumed_tail", b"")
+        return not self._inner.unconsumed_tail
 
     def decompress(self, data: bytes, most: int) -> bytes:
-        if not hasattr(self._inner, "unconsumed_tail"):
-            return bytes(self._inner.decompress(data))
-        return bytes(self._inner.decompress(self._inner.unconsumed_tail + data, most))
+        limit = (most,) if self._limited else ()
+        return bytes(self._inner.decompress(self._inner.unconsumed_tail + data, *limit))
 
 
 def _zstd() -> _Decompressor:
     import zstandard  # needed only for .zst files
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    return _Decompressor(decompressor.decompressobj())
+    return _Decompressor(decompressor.decompressobj(), limited=False)
+
+
+def _gzip() -> _Decompressor:
+    return _Decompressor(zlib.decompressobj(wbits=31), limited=True)
 
 
 class Compression(NamedTuple):
@@ -73,7 +76,7 @@ class Compression(NamedTuple):
 
 
 COMPRESSIONS = {
-    ".gz": Compression(b"\x1f\x8b\x08", lambda: _Decompressor(zlib.decompressobj(wbits=31))),
+    ".gz": Compression(b"\x1f\x8b\x08", _gzip),
     ".bz2": Compression(b"BZh91AY&SY", bz2.BZ2Decompressor),
     ".xz": Compression(b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)),
     ".zst": Compression(b"\x28\xb5\x2f\xfd", _zstd, _ZSTD_INPUT),

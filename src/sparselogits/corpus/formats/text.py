@@ -11,8 +11,10 @@ of a document contains the offset at which the document begins.
 from __future__ import annotations
 
 import os
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from typing import NoReturn
 
@@ -32,6 +34,7 @@ from sparselogits.errors import CorpusError
 SEPARATOR = b"<|endoftext|>"
 """Content of a line that separates two documents."""
 
+_LINE = re.compile(re.escape(SEPARATOR) + rb"(\r?\n|\Z)")
 _SCAN_BYTES = 1 << 20
 
 
@@ -45,7 +48,7 @@ class Text(Format):
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
         """Divide a file into ranges of about `span_bytes` bytes that end between words."""
         with file.path.open("rb") as handle:
-            read = _reader(handle.fileno())
+            read = partial(_read, handle.fileno())
             size = file.path.stat().st_size
             start = document = _first_byte(read)
             separators = document_separators(read, start, size)
@@ -75,9 +78,14 @@ class Text(Format):
         """
         path, name = span.file.path, span.file.name
         with path.open("rb") as handle:
-            read = _reader(handle.fileno())
-            if span.start == span.document:
-                _require_text(read, name)
+            read = partial(_read, handle.fileno())
+            at = read(0, HEAD_BYTES).find(b"\0") if span.start == span.document else -1
+            if at >= 0:
+                raise CorpusError(
+                    f"{name} is not a text file: it has a zero byte at offset {at}. If it is "
+                    "UTF-16, convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`); if it is not text, "
+                    "remove it."
+                )
             # the end of the last document limits the right margin
             ahead = min(span.stop + MARGIN_BYTES + 1, path.stat().st_size)
             document, begin = span.document, span.start
@@ -102,24 +110,15 @@ def document_separators(read: Read, start: int, stop: int) -> Iterator[tuple[int
         # include the byte before (a possible line break) and the line break after a separator
         origin = max(position - 1, 0)
         block = read(origin, block_stop + len(SEPARATOR) + 2)
-        at = block.find(SEPARATOR, position - origin)
-        while 0 <= at < block_stop - origin:
-            after = _line_end(block, at + len(SEPARATOR))
-            begins_line = origin + at == first or block[at - 1 : at] == b"\n"
-            if begins_line and after is not None:
+        for found in _LINE.finditer(block, position - origin):
+            at, after = found.span()
+            if at >= block_stop - origin:
+                break
+            if origin + at == first or block[at - 1 : at] == b"\n":
                 yield origin + at, origin + after
-            at = block.find(SEPARATOR, at + 1)
         if len(block) < block_stop - origin:
             return  # the file is shorter than `stop`
         position = block_stop
-
-
-def _line_end(block: bytes, at: int) -> int | None:
-    """Return the index after the line break at `at`; None if there is none."""
-    for ending in (b"\n", b"\r\n"):
-        if block.startswith(ending, at):
-            return at + len(ending)
-    return at if at == len(block) else None
 
 
 def _head(read: Read, document: int) -> bytes:
@@ -134,17 +133,5 @@ def _first_byte(read: Read) -> int:
     return len(BOM_UTF8) if read(0, len(BOM_UTF8)) == BOM_UTF8 else 0
 
 
-def _require_text(read: Read, name: str) -> None:
-    at = read(0, HEAD_BYTES).find(b"\0")
-    if at >= 0:
-        raise CorpusError(
-            f"{name} is not a text file: it has a zero byte at offset {at}. If it is UTF-16, "
-            "convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`); if it is not text, remove it."
-        )
-
-
-def _reader(descriptor: int) -> Read:
-    def read(start: int, stop: int) -> bytes:
-        return os.pread(descriptor, max(0, stop - start), start)
-
-    return read
+def _read(descriptor: int, start: int, stop: int) -> bytes:
+    return os.pread(descriptor, max(0, stop - start), start)

@@ -291,7 +291,7 @@ class Megatron(TokenFormat):
         expected = _INDEX_HEADER.size + 12 * sequences + 8 * documents
         if size == expected + sequences and sequences:
             raise CorpusError(
-                f"{file.name} is a multimodal dataset, with a mode for each sequence; expected a "
+                f"{file.name} is a multimodal dataset, with a mode for each sequence; give a "
                 "dataset of text"
             )
         if size != expected:

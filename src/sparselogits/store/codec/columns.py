@@ -9,15 +9,18 @@ caller passes that number, so a damaged or forged page cannot allocate more memo
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
 
 from sparselogits.store.bounds import DamageError
-from sparselogits.store.codec.lists import Array
+
+Array = NDArray[Any]
+Bool = NDArray[np.bool_]
 
 _NAMES = {np.dtype(np.uint32): "u32", np.dtype(np.float32): "f32"}
 _LARGEST_CHUNK = 1 << 22  # largest number of values that share a table; pcodec allows 1 << 24
@@ -50,11 +53,7 @@ def encode_column(windows: Sequence[Array]) -> CodedColumn:
 
 
 class ColumnDecoder:
-    """Decoder of the pages of one column.
-
-    Args:
-        dtype: uint32 or float32.
-        tables: coding tables, see `CodedColumn`.
+    """Decoder of the pages of one column, given its coding tables (see `CodedColumn`).
 
     Raises:
         DamageError: pcodec cannot read the tables, or `encode_column` cannot have written them.
@@ -66,7 +65,8 @@ class ColumnDecoder:
             raise DamageError(
                 f"coding tables start at windows {self._firsts}, expected ascending from 0"
             )
-        name = _NAMES[np.dtype(dtype)]
+        self.dtype = np.dtype(dtype)
+        name = _NAMES[self.dtype]
         if any(table[:1] not in (b"", _CLASSIC_WITHOUT_DELTA) for _, table in tables):
             # pcodec would allocate the size in a forged dictionary, and abort if it cannot
             raise DamageError("a coding table is not in classic mode without delta encoding")
@@ -94,6 +94,44 @@ class ColumnDecoder:
         if not progress.finished or progress.n_processed != len(out):
             raise DamageError(f"a page has {progress.n_processed} values, expected {len(out)}")
         return int(used)
+
+
+class BlockPages:
+    """Reader of the columns in the blocks of consecutive windows, in order."""
+
+    def __init__(
+        self, columns: Mapping[str, ColumnDecoder], first: int, blocks: Sequence[bytes]
+    ) -> None:
+        self._columns, self._first = columns, first
+        self._blocks, self._at = blocks, [4] * len(blocks)
+
+    def listed(self) -> NDArray[np.int64]:
+        """Return each block's number of lists, which is the first word of the block, int64 [W]."""
+        shortest = min(map(len, self._blocks))
+        if shortest < 4:
+            raise DamageError(f"a block of {shortest} bytes is shorter than a block's header")
+        return np.array([int.from_bytes(block[:4], "little") for block in self._blocks])
+
+    def read(self, column: str, lengths: Array) -> Array:
+        """Return the next `lengths[w]` numbers of a column for each window w."""
+        stops = np.cumsum(lengths).tolist()
+        out = np.empty(stops[-1], self._columns[column].dtype)
+        self.fill(column, out, [0, *stops[:-1]], stops)
+        return out
+
+    def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
+        """Read the next numbers of a column into `out[starts[w]:stops[w]]` for each window w."""
+        decoder, at, blocks = self._columns[column], self._at, self._blocks
+        for w, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            if stop > start:
+                rest = blocks[w][at[w] :]
+                at[w] += decoder.decode_into(out[start:stop], self._first + w, rest)
+
+    def require_end(self) -> None:
+        """Validate that all bytes have been read."""
+        for block, at in zip(self._blocks, self._at, strict=True):
+            if at != len(block):
+                raise DamageError(f"a block has {len(block)} bytes, expected {at}")
 
 
 def _chunks(lengths: Sequence[int]) -> list[tuple[int, int]]:

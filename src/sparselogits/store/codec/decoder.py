@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 from sparselogits.samplers.sampler import COUNTS, THRESHOLD
 from sparselogits.store.bounds import DamageError, entries_bound
 from sparselogits.store.codec import lists
-from sparselogits.store.codec.columns import ColumnDecoder
+from sparselogits.store.codec.columns import Array, BlockPages, Bool, ColumnDecoder
 from sparselogits.store.codec.levels import levels_at
-from sparselogits.store.codec.lists import Array, Bool, Sets
+from sparselogits.store.codec.lists import Sets
 from sparselogits.store.codec.target_codec import TargetCodec, derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
@@ -32,10 +31,6 @@ _FREED_BYTES = 31 << 20  # the threshold of glibc's malloc does not exceed 32 Mi
 
 class BlockDecoder:
     """Decoder of the blocks of one shard.
-
-    Args:
-        codec: codec of the cache.
-        tables: coding tables of the shard.
 
     Raises:
         DamageError: the tables do not belong to the codec.
@@ -69,7 +64,7 @@ class BlockDecoder:
                 must be decoded one by one.
         """
         codec = self.codec
-        pages = _BlockPages(self._columns, codec.columns, first, blocks)
+        pages = BlockPages(self._columns, first, blocks)
         listed = pages.listed()
         if int(listed.max()) > codec.vocab_size:
             raise DamageError(f"found {listed.max()} lists for {codec.vocab_size} ids")
@@ -83,7 +78,7 @@ class BlockDecoder:
         pages.require_end()
         return targets
 
-    def _weigh(self, sets: Sets, present: Bool, pages: _BlockPages) -> SparseTargets:
+    def _weigh(self, sets: Sets, present: Bool, pages: BlockPages) -> SparseTargets:
         """Read the weights of the entries and return the targets."""
         codec, entries = self.codec, sets.offsets[:: present.shape[1]]
         counts = None
@@ -115,7 +110,7 @@ class BlockDecoder:
             check=False,
         )
 
-    def _read_weights(self, pages: _BlockPages, lengths: Array) -> NDArray[np.float32]:
+    def _read_weights(self, pages: BlockPages, lengths: Array) -> NDArray[np.float32]:
         """Read the real-valued weights of each window, float32."""
         if self.codec.rounding is not None:
             return levels_at(pages.read("levels", lengths))
@@ -131,48 +126,6 @@ def _keep_freed_memory() -> None:
     are mapped rises to that of the largest block ever freed, so this function frees a large one.
     """
     np.empty(_FREED_BYTES, np.uint8)
-
-
-class _BlockPages:
-    """Reader of the columns of consecutive blocks, in order; see `lists.Pages`."""
-
-    def __init__(
-        self,
-        columns: Mapping[str, ColumnDecoder],
-        dtypes: Mapping[str, Any],
-        first: int,
-        blocks: Sequence[bytes],
-    ) -> None:
-        self._columns, self._dtypes, self._first = columns, dtypes, first
-        self._blocks, self._at = blocks, [4] * len(blocks)
-
-    def listed(self) -> NDArray[np.int64]:
-        """Return each block's number of lists, which is the first word of the block, int64 [W]."""
-        shortest = min(map(len, self._blocks))
-        if shortest < 4:
-            raise DamageError(f"a block of {shortest} bytes is shorter than a block's header")
-        return np.array([int.from_bytes(block[:4], "little") for block in self._blocks])
-
-    def read(self, column: str, lengths: Array) -> Array:
-        """Return the next `lengths[w]` numbers of a column for each window w."""
-        stops = np.cumsum(lengths).tolist()
-        out = np.empty(stops[-1], self._dtypes[column])
-        self.fill(column, out, [0, *stops[:-1]], stops)
-        return out
-
-    def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
-        """Read the next numbers of a column into `out[starts[w]:stops[w]]` for each window w."""
-        decoder, at, blocks = self._columns[column], self._at, self._blocks
-        for w, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            if stop > start:
-                rest = blocks[w][at[w] :]
-                at[w] += decoder.decode_into(out[start:stop], self._first + w, rest)
-
-    def require_end(self) -> None:
-        """Validate that all bytes have been read."""
-        for block, at in zip(self._blocks, self._at, strict=True):
-            if at != len(block):
-                raise DamageError(f"a block has {len(block)} bytes, expected {at}")
 
 
 def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None:
@@ -193,7 +146,7 @@ def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None
         )
 
 
-def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> NDArray[np.int32]:
+def _read_counts(sets: Sets, present: Bool, rounds: int, pages: BlockPages) -> NDArray[np.int32]:
     """Read the counts, int32 [E], which are positive and sum to `rounds` at each position."""
     flat = present.reshape(-1)
     starts, others, has_hit = sets.offsets[:-1], np.diff(sets.offsets) - 1, sets.has_hit

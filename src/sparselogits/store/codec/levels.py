@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sparselogits.errors import InvalidTargetsError
 from sparselogits.store.bounds import DamageError
-from sparselogits.store.codec.lists import Array
+from sparselogits.store.codec.columns import Array
 
 STOCHASTIC, NEAREST = "stochastic", "nearest"
 """Names of the rounding modes in a cache's identity."""

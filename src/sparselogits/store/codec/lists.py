@@ -13,17 +13,12 @@ No model of the vocabulary is fitted or stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparselogits.store.bounds import DamageError
-
-Array = NDArray[Any]
-Bool = NDArray[np.bool_]
+from sparselogits.store.codec.columns import Array, BlockPages, Bool
 
 SIZE_CLASSES = 8
 """Number of size classes of lists; each class has a separate column for its gaps."""
@@ -32,18 +27,6 @@ COLUMNS = ("hits", "ids", "sizes", *(f"places_{c}" for c in range(SIZE_CLASSES))
 
 _NO_ID = np.iinfo(np.uint32).max
 _CLASS_OF_SIZE = np.array([max(n, 1).bit_length() - 1 for n in range(129)], np.uint8)
-
-
-class Pages(Protocol):
-    """Interface for reading the encoded columns of consecutive windows in order."""
-
-    def read(self, column: str, lengths: Array) -> Array:
-        """Return the next `lengths[w]` numbers of each window w, concatenated, uint32."""
-        ...
-
-    def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
-        """Read the next numbers of a column into `out[starts[w]:stops[w]]` for each window w."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,7 @@ def split(
 
 
 def join(
-    pages: Pages,
+    pages: BlockPages,
     lists: Array,
     tokens: Array,
     labels: Array,
@@ -222,7 +205,7 @@ def _ascending(gaps: Array, lists: Array, vocab_size: int) -> Array:
     return running
 
 
-def _ranks(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
+def _ranks(pages: BlockPages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
     """Return each pair's index in order of id, and the rank of its position, int64 each.
 
     The columns contain the lists of a window in order of (size class, id). The rank of a position

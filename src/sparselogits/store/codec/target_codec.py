@@ -36,7 +36,7 @@ from sparselogits.store.bounds import (
     mass_bound,
 )
 from sparselogits.store.codec import lists
-from sparselogits.store.codec.columns import encode_column
+from sparselogits.store.codec.columns import Array, Bool, encode_column
 from sparselogits.store.codec.levels import (
     LARGEST_STEP,
     NEAREST,
@@ -44,7 +44,6 @@ from sparselogits.store.codec.levels import (
     indices_of,
     rounded,
 )
-from sparselogits.store.codec.lists import Array, Bool
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import shown
 
@@ -101,17 +100,14 @@ def codec_for(sampler: Sampler, *, exact_weights: bool = False) -> dict[str, Any
 
 @dataclass(frozen=True, eq=False)
 class TargetWindow:
-    """Window whose targets are to be encoded.
-
-    Args:
-        targets: targets of L positions.
-        tokens: int32 [L].
-        present: bool [L], True for positions with a target.
-    """
+    """Targets of the L positions of a window, to be encoded, with the window's tokens."""
 
     targets: SparseTargets
+    """Targets of the positions."""
     tokens: Array
+    """Token ids, int32 [L]."""
     present: Bool
+    """Whether each position has a target, bool [L]."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
     """
     footer_length, _ = _CLOSING.unpack_from(parquet, len(parquet) - _CLOSING.size)
     start = len(parquet) - _CLOSING.size - footer_length
-    stops = [*group_stops[:-1], start] if group_stops else [start]
+    stops = [*group_stops[:-1], start]
     guard, first = b"", 0
     for stop in stops:
         guard += _RANGE.pack(first, stop - first, google_crc32c.value(parquet[first:stop]))
@@ -123,16 +123,13 @@ def _read_guard(tail: bytes, size: int) -> Guard | int:
     if google_crc32c.value(tail[footer_start:]) != footer_crc:
         raise DamageError("the checksum of the footer does not match")
     ranges = tuple(_RANGE.iter_unpack(tail[guard_start : guard_start + count * _RANGE.size]))
-    _require_cover(ranges, size - whole)
-    return Guard(ranges, size - framed + _TAIL.size)
-
-
-def _require_cover(ranges: Sequence[tuple[int, int, int]], stop: int) -> None:
-    """Validate that ranges cover the bytes [0, stop) exactly once."""
-    first = 0
+    covered = 0
     for start, length, _ in ranges:
-        if start != first:
-            raise DamageError(f"the guard does not cover bytes {first} to {start} exactly once")
-        first += length
-    if first != stop:
-        raise DamageError(f"the guard covers {first} bytes, expected the {stop} bytes before it")
+        if start != covered:
+            raise DamageError(f"the guard does not cover bytes {covered} to {start} exactly once")
+        covered += length
+    if covered != size - whole:
+        raise DamageError(
+            f"the guard covers {covered} bytes, expected the {size - whole} bytes before it"
+        )
+    return Guard(ranges, size - framed + _TAIL.size)

@@ -63,11 +63,6 @@ _VALUES_PER_GROUP = 512  # largest number of thrift values per row group; valid 
 class Shard:
     """An open shard whose footer is validated and whose rows are read on demand.
 
-    Args:
-        storage: files of the cache.
-        name: path of the shard, relative to the cache.
-        identity: identity of the cache.
-
     Raises:
         CacheCorruptionError: the file is damaged, or belongs to another cache.
     """
@@ -159,7 +154,11 @@ class Shard:
         try:
             whole = set(row.keys()) >= set(self._schema.names)
             record, block = _from_other_tool(row)
-            self._require_bounds(record)
+            length, ids = self._identity.window_length, self._identity.vocab_size
+            if record.tokens.shape != (length,) or record.present().shape != (length,):
+                raise DamageError(f"the row has {record.tokens.size} tokens, expected {length}")
+            if not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < ids:
+                raise DamageError(f"a token is outside the vocabulary of {ids} ids")
             if whole and row_crc(record, block) != int(row["crc32c"]):
                 raise DamageError("the checksum of the row does not match")
             return self._decoder.decode(window - self.start, block, record.tokens, record.present())
@@ -333,14 +332,6 @@ class Shard:
                 f"the checksum of row {record.window_index - self.start} does not match"
             )
         return record
-
-    def _require_bounds(self, record: WindowRecord) -> None:
-        """Validate the tokens of one row, as `rows_of` does for a row group."""
-        length, ids = self._identity.window_length, self._identity.vocab_size
-        if record.tokens.shape != (length,) or record.present().shape != (length,):
-            raise DamageError(f"the row has {record.tokens.size} tokens, expected {length}")
-        if length and not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < ids:
-            raise DamageError(f"a token is outside the vocabulary of {ids} ids")
 
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:
         """Return the error for damage, with the file and what to do added to its cause."""

@@ -8,7 +8,7 @@ page is bounded by its encoded size and the window length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +26,7 @@ from sparselogits.thrift import CompactReader
 
 _PLAIN, _RLE, _BYTE_STREAM_SPLIT = 0, 3, 9
 _DATA_PAGE = 0
+_LISTS = ("tokens", "document_starts", "mask", "inputs")
 # thrift field numbers of a page header, and of the data page header in it
 _TYPE, _UNCOMPRESSED, _COMPRESSED, _DATA_PAGE_HEADER = 1, 2, 3, 5
 _VALUES, _ENCODING, _DEFINITIONS, _REPETITIONS = 1, 2, 3, 4
@@ -107,7 +108,8 @@ def require_pages(
             raise DamageError(f"column {name} has a page without sizes")
         if reader.at - offset + packed != size or values != chunk.num_values:
             raise DamageError(f"column {name} is not one page of {chunk.num_values} values")
-        least, most = _values_bounds(name, rows, length)
+        most = rows * max(1, length) if name in _LISTS else rows  # an empty list counts as a value
+        least = most if name == "tokens" else rows
         if not least <= values <= most:
             raise DamageError(f"column {name} has {values} values, expected {least} to {most}")
         # an id has four bytes and two levels of at most one bit, coded in groups of eight
@@ -118,14 +120,6 @@ def require_pages(
             )
     if at != len(data):
         raise DamageError(f"{len(data) - at} bytes of the row group belong to no column")
-
-
-def _values_bounds(column: str, rows: int, length: int) -> tuple[int, int]:
-    """Return the least and greatest number of values in a column; an empty list counts as one."""
-    if column == "tokens":
-        return rows * length, rows * length
-    is_list = column in ("document_starts", "mask", "inputs")
-    return (rows, rows * max(1, length)) if is_list else (rows, rows)
 
 
 def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
@@ -160,7 +154,7 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     return Rows(
         index.tolist(),
         tokens,
-        [starts[a:b] for a, b in _pairs(start_bounds)],
+        [starts[a:b] for a, b in pairwise(start_bounds.tolist())],
         masks,
         columns["targets"].to_pylist(),
         columns["crc32c"].to_pylist(),
@@ -186,7 +180,7 @@ def _hidden(
         raise DamageError(
             f"a window from {start} on has an input outside the vocabulary of {vocab_size} ids"
         )
-    return [values[a:b] for a, b in _pairs(bounds)], rate.tolist()
+    return [values[a:b] for a, b in pairwise(bounds.tolist())], rate.tolist()
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
@@ -204,11 +198,6 @@ def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
-def _pairs(bounds: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-    """Return the start and stop of each list."""
-    return pairwise(bounds.tolist())
-
-
 def _masks(column: pa.ListArray, start: int, length: int) -> list[Bool | None]:
     """Validate the lengths of masks, and return the mask of each row."""
     values, bounds = _lists(column)
@@ -220,7 +209,7 @@ def _masks(column: pa.ListArray, start: int, length: int) -> list[Bool | None]:
     )
     return [
         values[a:b] if has_mask else None
-        for (a, b), has_mask in zip(_pairs(bounds), masked.tolist(), strict=True)
+        for (a, b), has_mask in zip(pairwise(bounds.tolist()), masked.tolist(), strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import google_crc32c
@@ -86,7 +86,10 @@ def encode_shard(
     table = _table(SCHEMAS[identity.format_version], records, blocks)
     parquet = _write_parquet(table, canonical_json(description))
     metadata = pq.read_metadata(io.BytesIO(parquet))
-    return shard_name(first, stop), insert_guard(parquet, list(_group_stops(metadata)))
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    last_columns = [group.column(group.num_columns - 1) for group in groups]
+    stops = [column.data_page_offset + column.total_compressed_size for column in last_columns]
+    return shard_name(first, stop), insert_guard(parquet, stops)
 
 
 def _table(schema: pa.Schema, records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table:
@@ -130,14 +133,6 @@ def _write_parquet(table: pa.Table, description: bytes) -> bytes:
         writer.write_table(table, row_group_size=ROWS_PER_GROUP)
         writer.add_key_value_metadata({METADATA_KEY: description})
     return out.getvalue()
-
-
-def _group_stops(metadata: pq.FileMetaData) -> Iterator[int]:
-    """Yield the offset of the byte after each row group."""
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        column = group.column(group.num_columns - 1)
-        yield column.data_page_offset + column.total_compressed_size
 
 
 def row_crc(record: WindowRecord, block: bytes | memoryview) -> int:

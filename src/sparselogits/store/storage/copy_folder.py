@@ -14,7 +14,6 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
@@ -23,7 +22,8 @@ from sparselogits.files import user_cache
 LIMIT = 10 << 30
 """Default limit on the total size of a folder, in bytes."""
 
-_LOCK, _TEMPORARY = ".lock", ".tmp"
+_LOCK = ".lock"  # contains the total size of the files
+_TEMPORARY = ".tmp"
 
 
 class CopyFolder:
@@ -94,15 +94,17 @@ class CopyFolder:
         path = self._path(location, key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked() as lock:
+            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            with os.fdopen(descriptor, "rb+"):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if path.exists():
                     return
-                text = os.pread(lock, 20, 0)
+                text = os.pread(descriptor, 20, 0)
                 total = len(data) + (int(text) if text.strip().isdigit() else 0)
                 if total > self.limit:
                     total = len(data) + self._make_room(len(data))
                 # written before the file, so that after a kill the total is not too small
-                os.pwrite(lock, b"%20d" % total, 0)
+                os.pwrite(descriptor, b"%20d" % total, 0)
                 temporary = path.parent / _TEMPORARY
                 temporary.write_bytes(data)
                 temporary.replace(path)
@@ -124,16 +126,6 @@ class CopyFolder:
 
     def _path(self, location: str, key: str) -> Path:
         return self.path / hashlib.sha256(location.encode()).hexdigest()[:16] / _escaped(key)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
-        """Lock the folder exclusively; yield the descriptor of the file that has the total size."""
-        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
     def _make_room(self, wanted: int) -> int:
         """Free `wanted` bytes and an eighth of the limit; return the total size of the other files.

@@ -33,8 +33,7 @@ _UNREACHABLE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENO
 class LocalStorage:
     """Storage in a local folder or on a mounted network file system; see `Storage`.
 
-    Args:
-        root: path of the folder, which is created by the first write.
+    The first write creates the folder.
     """
 
     def __init__(self, root: str | Path) -> None:

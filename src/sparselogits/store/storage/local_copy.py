@@ -19,12 +19,7 @@ _SIZE = struct.Struct("<Q")
 
 
 class LocalCopy:
-    """Storage that reads from another storage, keeps local copies, and forwards writes to it.
-
-    Args:
-        storage: storage of the files.
-        folder: folder of the copies.
-    """
+    """Storage that reads another storage by way of local copies, and forwards writes to it."""
 
     def __init__(self, storage: Storage, folder: CopyFolder) -> None:
         self.storage = storage

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 
 class FilesInMemory:
-    """In-memory implementation of `ReadableFiles`.
-
-    Args:
-        files: contents by name.
-        location: path or URL from which the files were read, for messages.
-    """
+    """In-memory implementation of `ReadableFiles`, given the contents of files by name."""
 
     def __init__(self, files: dict[str, bytes], location: str = "memory") -> None:
         self.files = files

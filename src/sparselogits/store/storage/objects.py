@@ -19,7 +19,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,30 +81,20 @@ class ObjectStorage:
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of a folder's objects; sends one request per 1000 objects."""
-        files, root = self._open()
-        path = f"{root}/{folder}".rstrip("/")
-        try:
-            found = self._ask("list", folder, lambda: files.ls(path, detail=True))
-        except FileNotFoundError:
-            return []
-        names = (entry["name"].rstrip("/") for entry in found if entry["type"] == "file")
-        found = (name.rpartition("/")[2] for name in names if name != path)
-        return sorted(name for name in found if not name.startswith(TEMPORARY_PREFIX))
+        return [name for name in self._listed(folder) if not name.startswith(TEMPORARY_PREFIX)]
 
     def size(self, name: str) -> int:
         """Return the size of an object in bytes; sends one request."""
-        files, root = self._open()
-        return int(self._ask("find", name, lambda: files.info(f"{root}/{name}"))["size"])
+        return int(self._ask("find", name, lambda files, path: files.info(path))["size"])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of an object; sends one request."""
         if stop is not None and stop <= start:
             return b""
-        files, root = self._open()
 
-        def get() -> bytes:
+        def get(files: Any, path: str) -> bytes:
             try:
-                return bytes(files.cat_file(f"{root}/{name}", start=start, end=stop))
+                return bytes(files.cat_file(path, start=start, end=stop))
             except OSError as error:
                 if _code(error) in _BEYOND_END:
                     return b""
@@ -140,15 +129,14 @@ class ObjectStorage:
 
     def _create(self, name: str, data: bytes) -> bool:
         """Create an object by one conditional put; return False if the object already exists."""
-        files, root = self._open()
 
-        def put() -> bool:
+        def put(files: Any, path: str) -> bool:
             for attempt in range(_ATTEMPTS):
                 try:
                     if self._puts_are_atomic:
-                        files.pipe_file(f"{root}/{name}", data, mode="create")
+                        files.pipe_file(path, data, mode="create")
                     else:
-                        _put_whole(files, f"{root}/{name}", data)
+                        _put_whole(files, path, data)
                     return True
                 except FileExistsError:
                     return False
@@ -170,12 +158,14 @@ class ObjectStorage:
 
     def replace(self, name: str, data: bytes) -> None:
         """Put an object, replacing an existing one; used only for the dataset card."""
-        files, root = self._open()
-        path = f"{root}/{name}"
-        if self._puts_are_atomic:
-            self._ask("write", name, lambda: files.pipe_file(path, data))
-        else:
-            self._ask("write", name, lambda: _put_whole(files, path, data, replace=True))
+
+        def put(files: Any, path: str) -> None:
+            if self._puts_are_atomic:
+                files.pipe_file(path, data)
+            else:
+                _put_whole(files, path, data, replace=True)
+
+        self._ask("write", name, put)
 
     def move(self, name: str, to: str) -> None:
         """Rename an object by reading, putting and deleting it; sends three requests.
@@ -188,23 +178,27 @@ class ObjectStorage:
                 f"cannot rename {self.url}/{name}: {self.url}/{to} already exists; move it away, "
                 "then try again"
             )
-        files, root = self._open()
-        self._ask("remove", name, lambda: files.rm_file(f"{root}/{name}"))
+        self._ask("remove", name, lambda files, path: files.rm_file(path))
 
     def clean(self, folder: str) -> list[str]:
         """Remove temporary objects of this machine's dead processes; return their names."""
         if self._puts_are_atomic:
             return []
-        files, root = self._open()
-        path = f"{root}/{folder}".rstrip("/")
-        removed = []
-        with suppress(FileNotFoundError):
-            for entry in self._ask("list", folder, lambda: files.ls(path, detail=True)):
-                name = entry["name"].rstrip("/").rpartition("/")[2]
-                if is_leftover(name):
-                    self._ask("remove", name, partial(files.rm_file, f"{path}/{name}"))
-                    removed.append(name)
+        removed = [name for name in self._listed(folder) if is_leftover(name)]
+        for name in removed:
+            with suppress(FileNotFoundError):
+                self._ask("remove", f"{folder}/{name}", lambda files, path: files.rm_file(path))
         return removed
+
+    def _listed(self, folder: str) -> list[str]:
+        """Return the sorted names of all objects in a folder."""
+        try:
+            found = self._ask("list", folder, lambda files, path: files.ls(path, detail=True))
+        except FileNotFoundError:
+            return []
+        path = f"{self._open()[1]}/{folder}".rstrip("/")
+        names = (entry["name"].rstrip("/") for entry in found if entry["type"] == "file")
+        return sorted(name.rpartition("/")[2] for name in names if name != path)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without connections, because a spawned process must open new ones."""
@@ -221,10 +215,14 @@ class ObjectStorage:
             self._opened = (os.getpid(), *_driver(self.url, self._options))
         return self._opened[1:]
 
-    def _ask(self, verb: str, name: str, request: Callable[[], T]) -> T:
-        """Send a request and return its result; convert other errors than a missing object."""
+    def _ask(self, verb: str, name: str, request: Callable[[Any, str], T]) -> T:
+        """Return the result of a request, which receives the file system and an object's path.
+
+        All errors except FileNotFoundError are raised as StorageError.
+        """
+        files, root = self._open()
         try:
-            return request()
+            return request(files, f"{root}/{name.lstrip('/')}".rstrip("/"))
         except FileNotFoundError:
             raise
         except Exception as error:  # drivers raise errors of their client libraries and sockets

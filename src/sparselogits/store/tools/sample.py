@@ -18,6 +18,7 @@ from sparselogits.store.shard.reader import Shard
 GROUPS = 16
 """Default number of row groups in a sample."""
 
+_BINS = 8
 _LOG_WEIGHT_EDGES = (-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)
 
 
@@ -94,16 +95,15 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
     )
 
 
-def _whole_numbers(values: Tensor, bins: int = 8) -> Histogram:
+def _whole_numbers(values: Tensor) -> Histogram:
     """Return a histogram with bins of equal width and integer edges."""
     first = int(values.min()) if len(values) else 0
     last = int(values.max()) + 1 if len(values) else 1
-    width = max(1, -(-(last - first) // bins))
-    edges = list(range(first, last + width, width))
-    return _histogram(values, edges)
+    width = max(1, -(-(last - first) // _BINS))
+    return _histogram(values, list(range(first, last + width, width)))
 
 
-def _histogram(values: Tensor, edges: Sequence[float] | None, bins: int = 8) -> Histogram:
+def _histogram(values: Tensor, edges: Sequence[float] | None) -> Histogram:
     """Return a histogram of values; the outer bins also count values beyond the edges.
 
     If `edges` is None, bins of equal width are used, from the smallest to the largest value.
@@ -112,7 +112,7 @@ def _histogram(values: Tensor, edges: Sequence[float] | None, bins: int = 8) -> 
         low = float(values.min()) if len(values) else 0.0
         high = float(values.max()) if len(values) else 1.0
         high = high if high > low else low + 1e-3
-        edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+        edges = [low + (high - low) * i / _BINS for i in range(_BINS + 1)]
     inner = torch.tensor(edges[1:-1], dtype=torch.float32)
     bin_of = torch.bucketize(values.float(), inner, right=True)
     counts = torch.bincount(bin_of, minlength=len(edges) - 1)

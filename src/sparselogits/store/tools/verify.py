@@ -116,12 +116,8 @@ def is_sound(
 ) -> bool:
     """Return whether one shard is sound; see `verify`.
 
-    Args:
-        cache: the cache.
-        windows: range of the shard.
-        beside: sound shards. If the cache records no texts, the shard's text is compared with
-            theirs.
-        text_of: see `verify`.
+    If the cache records no texts, the shard's text is compared with those of the sound shards
+    `beside`.
 
     Raises:
         StorageError: the shard cannot be reached.
