@@ -108,23 +108,16 @@ def writing_table(path: Path) -> Iterator[DocumentTable]:
 
 @dataclass(frozen=True)
 class Split:
-    """Division of a stream into training tokens and held-out tokens.
-
-    Args:
-        rule: rule by which the hold-out was selected; see the module's docstring.
-        windows: number of held-out windows.
-        up_to: with the rule "documents", largest key of a held-out document.
-        held: with the rule "documents", number of held-out tokens in each part.
-        training_windows: with the rule "windows", number of training windows, which come first.
-        first: with the rule "windows", index of the stream's first held-out window.
-    """
+    """Division of a stream into training tokens and held-out tokens by a rule of this module."""
 
     rule: HoldoutRule
-    windows: int
-    up_to: int = 0
-    held: tuple[int, ...] = ()
-    training_windows: int = 0
-    first: int = 0
+    windows: int  # number of held-out windows
+    # with the rule "documents":
+    up_to: int = 0  # largest key of a held-out document
+    held: tuple[int, ...] = ()  # number of held-out tokens in each part
+    # with the rule "windows":
+    training_windows: int = 0  # number of training windows, which are the first ones
+    first: int = 0  # index of the first held-out window
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, as written to index.json."""
@@ -182,12 +175,9 @@ def choose_split(
 
 
 class SelectedStream:
-    """Stream of the selected tokens in another stream; threads may share it.
+    """Stream of the tokens in the `extents` of each part of a stream; threads may share it.
 
-    Args:
-        stream: stream of all tokens.
-        lengths: number of selected tokens in each part.
-        extents: function that returns the ranges of selected tokens in a part.
+    `lengths` contains the number of selected tokens in each part.
     """
 
     def __init__(

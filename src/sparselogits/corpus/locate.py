@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from sparselogits.corpus.formats import (
     COMPRESSIONS,
     Arrow,
@@ -389,8 +391,6 @@ def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
     Raises:
         CorpusError: the dataset contains only some of its files' rows, or exists only in memory.
     """
-    import pyarrow as pa
-
     paths = [Path(entry["filename"]) for entry in dataset.cache_files]
     rows = 0
     for path in paths:

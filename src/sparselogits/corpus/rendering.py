@@ -562,7 +562,7 @@ _cpu_seconds = 0
 
 
 def _set_timer(name: str, seconds: int) -> None:
-    """Set the timer that ends this process (0: stop it), if `serve` runs and timers exist."""
+    """Start the timer that ends this process; 0 s stops it. Without `serve`, do nothing."""
     if _cpu_seconds and hasattr(signal, "setitimer"):
         signal.setitimer(getattr(signal, name), seconds)
 

@@ -303,7 +303,7 @@ class TokenStream:
 
 
 def running_sums(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return 0 and the running sums of N lengths, int64 [N + 1]."""
+    """Return 0, followed by the running sums of N lengths, int64 [N + 1]."""
     return np.append(0, np.cumsum(np.array(lengths, np.int64)))
 
 

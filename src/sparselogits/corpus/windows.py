@@ -144,7 +144,7 @@ class Window:
     """Window of L consecutive tokens of a text."""
 
     index: int
-    """Index among the corpus's training windows, or, for a held-out window, among these."""
+    """Index of the window among the training windows, or among the held-out windows."""
     tokens: NDArray[np.int32]
     """Token ids, int32 [L]."""
     document_starts: NDArray[np.int32]

@@ -9,7 +9,7 @@ CACHE is a local folder or a prefix of an object store (storage/location.py).
 
 A cache has no index file: the list of shards is the listing of a folder, and an existing shard is
 always complete. Any number of processes may write and read a cache concurrently. Whatever the size
-of the cache, a reader keeps only a few shards open, with one row group of each in memory.
+of the cache, a reader has only a few shards open, with one row group of each in memory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CACHE_JSON = "cache.json"
 """Name of the file with the identity."""
 
 OPEN_SHARDS = 8
-"""Number of shards that a cache keeps open."""
+"""Maximum number of shards that a cache has open at the same time."""
 
 
 class Cache:
@@ -129,7 +129,7 @@ class Cache:
             return False
 
     def holds(self, windows: Range) -> bool:
-        """Return whether the shard of a range of windows exists, by one request, not a listing."""
+        """Return whether the shard of a range of windows exists; this does not list the shards."""
         try:
             return self.storage.size(shard_name(*windows)) > 0
         except FileNotFoundError:

@@ -59,14 +59,14 @@ def listed_ranges(names: Iterable[str]) -> list[Range]:
 
 
 def missing_ranges(present: Sequence[Range], stop: int) -> list[Range]:
-    """Return the ranges of windows in [0, stop) between the `present` ranges, which ascend."""
+    """Return the ranges of windows in [0, stop) that none of the ascending ranges contains."""
     edges = [(0, 0), *present, (stop, stop)]
     gaps = [(before, min(after, stop)) for (_, before), (after, _) in pairwise(edges)]
     return [(a, b) for a, b in gaps if a < b]
 
 
 def joined(ranges: Sequence[Range], windows: int | None = None) -> list[list[int]]:
-    """Join adjacent ones of ascending ranges, up to a total number of windows, as JSON lists.
+    """Join adjacent ranges, which ascend, and return up to `windows` windows as JSON lists.
 
     Examples:
         >>> joined([(0, 4), (4, 6), (8, 9)]), joined([(0, 4), (4, 6)], 5)

@@ -27,17 +27,11 @@ _LARGEST = 1 << 12  # largest size of a file in `texts/`, in bytes
 
 @dataclass(frozen=True)
 class TextSpan:
-    """A text and the range of windows that come from it.
+    """A text and the range of windows that come from it."""
 
-    Args:
-        fingerprint: sha256, in hex, of the text and of the settings with which it was read.
-        first_window: index of the first window in the cache.
-        windows: number of windows; None if it is unknown until the text has been read.
-    """
-
-    fingerprint: str
-    first_window: int
-    windows: int | None
+    fingerprint: str  # sha256, in hex, of the text and of the settings with which it was read
+    first_window: int  # index of the first window in the cache
+    windows: int | None  # number of windows; None if it is unknown until the text has been read
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values that are written to `texts/` and to a shard's provenance."""

@@ -23,10 +23,9 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,20 +62,14 @@ class TokenFormat(Format):
         )
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Position and type of the ids in a file, and the files that belong to it."""
 
-    kind: str
-    """NumPy's name for the data type of the ids."""
-    first: int
-    """Offset of the first id, in bytes."""
-    count: int
-    """Number of ids."""
-    ends: Path | None = None
-    """Path of the file with the ends of documents; None without such a file."""
-    learnt: Path | None = None
-    """Path of the loss mask with one byte per id; None without a loss mask."""
+    kind: str  # NumPy's name for the data type of the ids
+    first: int  # offset of the first id, in bytes
+    count: int  # number of ids
+    ends: Path | None = None  # file with the ends of documents
+    learnt: Path | None = None  # file with the loss mask, one byte per id
 
 
 class _Stream(TokenFormat):

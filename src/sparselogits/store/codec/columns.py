@@ -30,15 +30,10 @@ _LEVEL = 8  # pcodec's default; the highest level, 12, saves less than 0.1 %
 
 @dataclass(frozen=True)
 class CodedColumn:
-    """Column of a shard in encoded form.
+    """Column of a shard in encoded form."""
 
-    Args:
-        tables: pairs of a coding table's first window and the table.
-        pages: page of each window.
-    """
-
-    tables: tuple[tuple[int, bytes], ...]
-    pages: tuple[bytes, ...]
+    tables: tuple[tuple[int, bytes], ...]  # pairs of a coding table's first window and the table
+    pages: tuple[bytes, ...]  # page of each window
 
 
 def encode_column(windows: Sequence[Array]) -> CodedColumn:

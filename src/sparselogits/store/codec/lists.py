@@ -31,19 +31,12 @@ _CLASS_OF_SIZE = np.array([max(n, 1).bit_length() - 1 for n in range(129)], np.u
 
 @dataclass(frozen=True)
 class Sets:
-    """Sets of ids at the P = W * L positions of W windows.
+    """Sets of ids at the P = W * L positions of W windows."""
 
-    Args:
-        ids: int64 [E], in order of position and ascending within a position.
-        offsets: int64 [P + 1]; position p has entries offsets[p] to offsets[p + 1].
-        is_hit: bool [E], whether the id is the label of its position.
-        has_hit: bool [P], whether the label of the position is in its set.
-    """
-
-    ids: Array
-    offsets: Array
-    is_hit: Bool
-    has_hit: Bool
+    ids: Array  # int64 [E], in order of position and ascending within a position
+    offsets: Array  # int64 [P + 1]; position p has entries offsets[p] to offsets[p + 1]
+    is_hit: Bool  # [E], whether the id is the label of its position
+    has_hit: Bool  # [P], whether the label of the position is in its set
 
 
 def split(
@@ -158,7 +151,7 @@ def size_class(sizes: Array) -> Array:
 
 
 def running_sums(lengths: Array) -> Array:
-    """Return 0 and the running sums of n lengths, int64 [n + 1]."""
+    """Return 0, followed by the running sums of n lengths, int64 [n + 1]."""
     sums = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=sums[1:])
     return sums

@@ -103,41 +103,27 @@ class TargetWindow:
     """Targets of the L positions of a window, to be encoded, with the window's tokens."""
 
     targets: SparseTargets
-    """Targets of the positions."""
-    tokens: Array
-    """Token ids, int32 [L]."""
-    present: Bool
-    """Whether each position has a target, bool [L]."""
+    tokens: Array  # int32 [L]
+    present: Bool  # [L], whether each position has a target
 
 
 @dataclass(frozen=True)
 class TargetCodec:
-    """Codec of a cache's targets.
+    """Codec of a cache's targets."""
 
-    Args:
-        weights: kind of the weights, a key of `WEIGHT_COLUMNS`.
-        vocab_size: vocabulary size, V.
-        rounds: number of rounds per position with a target; None if the sampler draws none.
-        tau: weight that light entries share; None for other kinds of weights.
-        most_mass: largest valid sum of a position's weights.
-        rounding: rounding of real-valued weights to levels, "stochastic" or "nearest"; None if
-            weights are exact.
-        objective: training objective, which defines the label of each position.
-    """
-
-    weights: str
+    weights: str  # kind of the weights, a key of `WEIGHT_COLUMNS`
     vocab_size: int
-    rounds: int | None = None
-    tau: float | None = None
-    most_mass: float = math.inf
-    rounding: str | None = None
-    objective: TokenObjective = CAUSAL
+    rounds: int | None = None  # per position with a target; None if the sampler draws none
+    tau: float | None = None  # weight that light entries share; None for other kinds of weights
+    most_mass: float = math.inf  # largest valid sum of a position's weights
+    rounding: str | None = None  # "stochastic" or "nearest"; None if weights are exact
+    objective: TokenObjective = CAUSAL  # defines the label of each position
 
     @classmethod
     def from_identity(
         cls, codec: Mapping[str, Any], vocab_size: int, sampler: Mapping[str, Any] | None = None
     ) -> TargetCodec:
-        """Create the codec that an identity describes; the sampler bounds the weights.
+        """Create the codec that an identity describes, with the sampler's bound on the weights.
 
         Raises:
             CacheError: the codec is unknown, or its parameters contradict each other.

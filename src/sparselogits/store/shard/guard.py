@@ -36,18 +36,13 @@ _FIRST_READ = 1 << 16  # bytes, enough for guard and footer of most shards
 
 @dataclass(frozen=True)
 class Guard:
-    """Validated guard of a shard.
+    """Validated guard of a shard."""
 
-    Args:
-        ranges: (first byte, length in bytes, CRC32C) of each row group.
-        footer_start: offset in bytes of the Parquet footer.
-    """
-
-    ranges: tuple[tuple[int, int, int], ...]
-    footer_start: int
+    ranges: tuple[tuple[int, int, int], ...]  # (first byte, length, CRC32C) of each row group
+    footer_start: int  # offset in bytes of the Parquet footer
 
     def require(self, group: int, data: bytes) -> None:
-        """Validate the length and checksum of the bytes of a row group.
+        """Validate the length and checksum of a row group's bytes.
 
         Raises:
             DamageError: the length or the checksum is wrong.

@@ -334,7 +334,7 @@ class Shard:
         return record
 
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:
-        """Return the error for damage, with the file and what to do added to its cause."""
+        """Return the error for damage to the file, with the cause and advice."""
         return CacheCorruptionError(
             f"{self._storage.location}/{self.name}, {where}: {error}. Run `sparselogits repair` on "
             "the cache, which moves the file aside, then build its windows again"

@@ -34,32 +34,18 @@ _VALUES, _ENCODING, _DEFINITIONS, _REPETITIONS = 1, 2, 3, 4
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The R windows of a row group, with encoded targets.
-
-    Args:
-        window_index: index of each window.
-        tokens: int32 [R, L].
-        document_starts: positions in each window at which a document starts, int32.
-        masks: mask of each window, bool [L]; None if all its positions have a target.
-        blocks: encoded targets of each window.
-        crc32c: checksum of each row.
-        teacher_loss: mean loss of the teacher on each window, in nats.
-        teacher_entropy: mean entropy of the teacher on each window, in nats.
-        hidden: inputs of each window at the positions with a target, int32; empty without
-            corrupted inputs.
-        rate: rate of corruption of each window; empty without corrupted inputs.
-    """
+    """The R windows of a row group, with encoded targets; see `WindowRecord`."""
 
     window_index: list[int]
-    tokens: Int32
+    tokens: Int32  # [R, L]
     document_starts: list[Int32]
     masks: list[Bool | None]
-    blocks: list[bytes]
+    blocks: list[bytes]  # encoded targets
     crc32c: list[int]
     teacher_loss: list[float]
     teacher_entropy: list[float]
-    hidden: list[Int32]
-    rate: list[float]
+    hidden: list[Int32]  # inputs at the positions with a target; empty for a causal objective
+    rate: list[float]  # rates of corruption; empty for a causal objective
 
     def __len__(self) -> int:
         return len(self.window_index)

@@ -18,7 +18,6 @@ class ReadableFiles(Protocol):
     @property
     def location(self) -> str:
         """Path or URL of the folder, for messages."""
-        ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or fewer if the file ends before `stop`.
@@ -26,7 +25,6 @@ class ReadableFiles(Protocol):
         Raises:
             FileNotFoundError: the file does not exist.
         """
-        ...
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
         """Return the size of a file in bytes, and its last `length` bytes.
@@ -34,7 +32,6 @@ class ReadableFiles(Protocol):
         Raises:
             FileNotFoundError: the file does not exist.
         """
-        ...
 
 
 class Storage(ReadableFiles, Protocol):
@@ -42,7 +39,6 @@ class Storage(ReadableFiles, Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of a folder's files; an empty list if it is missing."""
-        ...
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes.
@@ -50,15 +46,12 @@ class Storage(ReadableFiles, Protocol):
         Raises:
             FileNotFoundError: the file does not exist.
         """
-        ...
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a new file atomically; return False if the file already exists."""
-        ...
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file atomically, replacing an existing one; used only for the dataset card."""
-        ...
 
     def move(self, name: str, to: str) -> None:
         """Rename a file.
@@ -66,8 +59,6 @@ class Storage(ReadableFiles, Protocol):
         Raises:
             CacheError: the new name already exists.
         """
-        ...
 
     def clean(self, folder: str) -> list[str]:
         """Remove temporary files of dead writers from a folder; return their names."""
-        ...

@@ -1,4 +1,4 @@
-"""Keep local copies of the ranges read from a remote storage, in a folder of bounded size.
+"""Store local copies of the ranges read from a remote storage, in a folder of bounded size.
 
 Only parts of shards are copied: row groups, and the end of the file with its footer. A cache can
 therefore be much larger than the disk and be read in any order. Copies are found by name and range,
