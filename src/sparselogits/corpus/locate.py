@@ -209,11 +209,11 @@ def _folder(folder: Path, split: str, configuration: str | None) -> Located:
     chosen = _of_one_format([name for name in names if formats[name]], formats)
     if not chosen:
         known = sorted(suffix for each in known_formats() for suffix in each.suffixes)
-        counts = Counter(Path(name).suffix or "files without a suffix" for name in found)
-        others = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(5)) or "no files"
+        kinds = Counter(Path(name).suffix or "files without a suffix" for name in found)
+        present = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no files"
         raise CorpusError(
             f"{folder} contains no text that is read from folders ({', '.join(known)}, "
-            f"compressed .jsonl); it contains {others}. To read other files as text, name them by "
+            f"compressed .jsonl); it contains {present}. To read other files as text, name them by "
             f"a pattern, such as '{folder}/**/*.py'"
         )
     suffix = content_suffix(Path(next(iter(chosen))))

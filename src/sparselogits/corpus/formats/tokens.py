@@ -23,9 +23,10 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,8 @@ class TokenFormat(Format):
         )
 
 
-class _Layout(NamedTuple):
+@dataclass(frozen=True)
+class _Layout:
     """Position and type of the ids in a file, and the files that belong to it."""
 
     kind: str  # NumPy's name for the data type of the ids
