@@ -90,8 +90,8 @@ class Renderer:
     def rendered(self, request: Mapping[str, Any]) -> tuple[str, list[CharacterRange]]:
         """Return a conversation's text and the character ranges of the loss mask.
 
-        The request contains the fields of a `Conversation`, and `masked`. If that is false, no loss
-        mask is determined.
+        The request contains the fields of a `Conversation`, and `masked`, which states whether to
+        determine the loss mask.
 
         Raises:
             RenderError: the template raises an error, or the loss mask cannot be determined.

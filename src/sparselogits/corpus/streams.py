@@ -388,4 +388,4 @@ def _require_plausible_pages(data: bytes) -> None:
         at = reader.at + packed
         if at >= len(data):
             return
-    raise PartError(f"a column has more than {_MOST_PAGES} pages")
+    raise PartError(f"a column has too many pages, expected at most {_MOST_PAGES}")

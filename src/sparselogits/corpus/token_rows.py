@@ -53,7 +53,7 @@ class TokenReading:
     tokenizer: TokenizerFingerprint
     """Fingerprint of the tokenizer that the user gives for the ids."""
     joined: bool = False
-    """Whether rows are concatenated and cut, instead of one row per window."""
+    """Whether rows are concatenated and cut into windows; otherwise each row is one window."""
     packing: Packing | None = None
     """Rules that form the windows; None until `pack` sets them."""
     vocab_size: int = 0

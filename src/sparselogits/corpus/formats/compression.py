@@ -90,7 +90,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def content_suffix(path: Path) -> str:
-    """Return the suffix of a file in lower case, without that of its compression."""
+    """Return the suffix of a file in lower case, ignoring a suffix of compression."""
     return (path.with_suffix("") if is_compressed(path) else path).suffix.lower()
 
 

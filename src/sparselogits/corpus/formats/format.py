@@ -38,7 +38,7 @@ class Span:
     """
 
     file: SourceFile
-    """File of the range."""
+    """File that contains the range."""
     start: int
     """Index in the file of the span's first unit."""
     stop: int

@@ -64,7 +64,7 @@ class ColumnDecoder:
         name = _NAMES[self.dtype]
         if any(table[:1] not in (b"", _CLASSIC_WITHOUT_DELTA) for _, table in tables):
             # pcodec would allocate the size in a forged dictionary, and abort if it cannot
-            raise DamageError("a coding table is not in classic mode without delta encoding")
+            raise DamageError("a coding table has another mode than classic without delta encoding")
         try:
             file, _ = wrapped.FileDecompressor.new(_HEADER)
             self._chunks = [file.chunk_decompressor(t, name)[0] if t else None for _, t in tables]
@@ -81,7 +81,7 @@ class ColumnDecoder:
             return 0
         chunk = self._chunks[bisect_right(self._firsts, window) - 1]
         if chunk is None:
-            raise DamageError("a page contains values, but its coding table is empty")
+            raise DamageError(f"a coding table is empty, expected one for {len(out)} values")
         try:
             progress, used = chunk.read_page_into(data, len(out), out)
         except (RuntimeError, TypeError, ValueError) as error:

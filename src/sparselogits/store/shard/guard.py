@@ -105,7 +105,7 @@ def _read_guard(tail: bytes, size: int) -> Guard | int:
         return framed
     count, footer_crc, guard_crc, magic = _TAIL.unpack_from(tail, len(tail) - framed)
     if magic != MAGIC:
-        raise DamageError("there is no guard before the footer")
+        raise DamageError(f"found {magic!r} before the footer, expected a guard with {MAGIC!r}")
     whole = framed + int(count) * _RANGE.size
     if whole > size:
         raise DamageError(f"the guard claims {count} row groups in a file of {size} bytes")
@@ -113,10 +113,14 @@ def _read_guard(tail: bytes, size: int) -> Guard | int:
         return whole
     footer_start = len(tail) - framed + _TAIL.size
     guard_start = len(tail) - whole
-    if google_crc32c.value(tail[guard_start : footer_start - 12]) != guard_crc:
-        raise DamageError("the checksum of the guard does not match")
-    if google_crc32c.value(tail[footer_start:]) != footer_crc:
-        raise DamageError("the checksum of the footer does not match")
+    guard = tail[guard_start : footer_start - 12]
+    for name, part, crc in (
+        ("guard", guard, guard_crc),
+        ("footer", tail[footer_start:], footer_crc),
+    ):
+        found = google_crc32c.value(part)
+        if found != crc:
+            raise DamageError(f"the {name} has CRC32C {found:08x}, expected {crc:08x}")
     ranges = tuple(_RANGE.iter_unpack(tail[guard_start : guard_start + count * _RANGE.size]))
     covered = 0
     for start, length, _ in ranges:

@@ -159,8 +159,8 @@ class Shard:
                 raise DamageError(f"the row has {record.tokens.size} tokens, expected {length}")
             if not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < ids:
                 raise DamageError(f"a token is outside the vocabulary of {ids} ids")
-            if whole and row_crc(record, block) != int(row["crc32c"]):
-                raise DamageError("the checksum of the row does not match")
+            if whole and (found := row_crc(record, block)) != int(row["crc32c"]):
+                raise DamageError(f"CRC32C {found:08x}, expected {int(row['crc32c']):08x}")
             return self._decoder.decode(window - self.start, block, record.tokens, record.present())
         except _FAILURES as error:
             raise CacheCorruptionError(
@@ -327,10 +327,10 @@ class Shard:
             rows.teacher_entropy[index],
             *(_corruption(tokens, mask, rows.hidden[index], rows.rate[index]) if rows.rate else ()),
         )
-        if row_crc(record, rows.blocks[index]) != rows.crc32c[index]:
-            raise DamageError(
-                f"the checksum of row {record.window_index - self.start} does not match"
-            )
+        found, expected = row_crc(record, rows.blocks[index]), rows.crc32c[index]
+        if found != expected:
+            row = record.window_index - self.start
+            raise DamageError(f"row {row} has CRC32C {found:08x}, expected {expected:08x}")
         return record
 
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:

@@ -91,7 +91,7 @@ def require_pages(
         values, packed = page.get(_VALUES), header.get(_COMPRESSED)
         plain = header.get(_UNCOMPRESSED)
         if values is None or packed is None or plain is None:
-            raise DamageError(f"column {name} has a page without sizes")
+            raise DamageError(f"column {name} has a page header without all three sizes")
         if reader.at - offset + packed != size or values != chunk.num_values:
             raise DamageError(f"column {name} is not one page of {chunk.num_values} values")
         most = rows * max(1, length) if name in _LISTS else rows  # an empty list counts as a value
@@ -173,14 +173,14 @@ def _only_chunk(table: pa.Table, name: str) -> pa.Array:
     """Validate that a column has no missing values, and return its values."""
     column = table.column(name)
     if column.num_chunks != 1 or (name != "mask" and column.null_count):
-        raise DamageError(f"column {name} has missing values")
+        raise DamageError(f"column {name} has missing values, expected none")
     return column.chunk(0)
 
 
 def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
     """Return the concatenated values of a list column, and the bounds of each list."""
     if column.values.null_count:
-        raise DamageError("a list has missing values")
+        raise DamageError("a list has missing values, expected none")
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
