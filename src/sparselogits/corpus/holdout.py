@@ -136,15 +136,15 @@ class Split:
         windows = int(value["windows"])
         if value["rule"] == "documents":
             up_to, held = int(value["up_to"], 16), tuple(int(n) for n in value["held"])
-            if not (0 <= up_to < 1 << 64 and windows >= 0 and min(held, default=0) >= 0):
-                raise ValueError("a number in the hold-out is out of range")
-            return cls("documents", windows, up_to=up_to, held=held)
-        if value["rule"] != "windows":
-            raise ValueError("the rule of the hold-out is unknown")
-        training_windows, first = int(value["training_windows"]), int(value["first"])
-        if not (0 <= training_windows <= first and windows >= 0):
+            split, sound = cls("documents", windows, up_to, held), up_to < 1 << 64
+        elif value["rule"] == "windows":
+            training, first = int(value["training_windows"]), int(value["first"])
+            split, sound = cls("windows", windows, 0, (), training, first), training <= first
+        else:
+            raise ValueError("the rule of the hold-out is neither documents nor windows")
+        if not sound or min(windows, split.up_to, split.training_windows, *split.held) < 0:
             raise ValueError("a number in the hold-out is out of range")
-        return cls("windows", windows, training_windows=training_windows, first=first)
+        return split
 
 
 def choose_split(

@@ -113,11 +113,8 @@ def _read_guard(tail: bytes, size: int) -> Guard | int:
         return whole
     footer_start = len(tail) - framed + _TAIL.size
     guard_start = len(tail) - whole
-    guard = tail[guard_start : footer_start - 12]
-    for name, part, crc in (
-        ("guard", guard, guard_crc),
-        ("footer", tail[footer_start:], footer_crc),
-    ):
+    guard, footer = tail[guard_start : footer_start - 12], tail[footer_start:]
+    for name, part, crc in (("guard", guard, guard_crc), ("footer", footer, footer_crc)):
         found = google_crc32c.value(part)
         if found != crc:
             raise DamageError(f"the {name} has CRC32C {found:08x}, expected {crc:08x}")

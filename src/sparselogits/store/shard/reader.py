@@ -257,10 +257,9 @@ class Shard:
         """Parse and validate the JSON description in the footer."""
         metadata, start, stop = self.metadata, self.start, self.stop
         if not self._parquet.schema_arrow.equals(self._schema):
-            raise DamageError(
-                f"the schema is {_columns_of(self._parquet.schema_arrow)}, expected "
-                f"{_columns_of(self._schema)}"
-            )
+            schemas = (self._parquet.schema_arrow, self._schema)
+            types = [shown({field.name: str(field.type) for field in s}) for s in schemas]
+            raise DamageError(f"the schema is {types[0]}, expected {types[1]}")
         text = (metadata.metadata or {}).get(METADATA_KEY, b"null")
         description = parse_json(
             text, largest=description_bound(self.size), most=description_bound(self.size)
@@ -431,11 +430,6 @@ def _corruption(
     inputs = tokens.copy()
     inputs[slice(None) if mask is None else mask] = hidden
     return inputs, rate
-
-
-def _columns_of(schema: pa.Schema) -> str:
-    """Return a phrase with the names and types of columns, for messages."""
-    return str(shown({field.name: str(field.type) for field in schema}))
 
 
 def _windows_named(name: str) -> str:
