@@ -79,7 +79,7 @@ def test_it_packs_into_the_windows_of_json_lines_in_several_processes(
 
 
 BROKEN = {
-    "not a format": ("Other = dict\n", "expected a subclass"),
+    "not a format": ("Other = dict\n", "declare a subclass"),
     "name of another": ("class Other(LineFormat):\n    name = 'json'\n", "has the name 'json'"),
     "suffix of another": (
         "class Other(LineFormat):\n    name = 'other'\n    suffixes = ('.jsonl',)\n",

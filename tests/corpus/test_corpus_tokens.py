@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other labels": (
         {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 9, 4]},
-        r"label 9 for the id 3 at position 2; expected the id or -100",
+        r"label 9 for the id 3 at position 2; give the id or -100",
     ),
     "padding on the left": (
         {"input_ids": [0, 1, 2], "attention_mask": [0, 1, 1]},
@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "positions that skip": (
         {"input_ids": [1, 2, 3], "position_ids": [0, 1, 5]},
-        r"position id 5 at position 2; expected 0",
+        r"position id 5 at position 2; give 0",
     ),
     "positions that begin late": (
         {"input_ids": [1, 2, 3], "position_ids": [3, 4, 5]},
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "lengths of another row": (
         {"input_ids": [1, 2, 3], "seq_lengths": [2, 2]},
-        r"seq_lengths that sum to 4; expected .* the row's 3",
+        r"seq_lengths that sum to 4; give .* the row's 3",
     ),
     "lengths that overflow": (
         {"input_ids": [1, 2, 3], "seq_lengths": [2**62, 2**62, 2**62, 2**62, 3]},
