@@ -15,10 +15,6 @@ class DocumentWindows:
     """Writer of a part in which each window has one document; see `Packing`.
 
     A document that spans two parts is cut there, so that each part has whole windows.
-
-    Args:
-        writer: writer of the part.
-        packing: rules that form windows, of the kind "documents".
     """
 
     def __init__(self, writer: PartWriter, packing: Packing) -> None:
@@ -29,11 +25,7 @@ class DocumentWindows:
         self._length = 0
 
     def append(self, piece: Piece, encoded: Encoded) -> int:
-        """Append the tokens of a piece.
-
-        Returns:
-            The number of tokens in the windows that became complete, including padding.
-        """
+        """Append a piece; return the number of tokens in the windows that became complete."""
         self._writer.counts.characters += piece.stop - piece.start
         ids, learnt = encoded
         if piece.opens:
@@ -61,10 +53,9 @@ class DocumentWindows:
         return written + self._end(learnt=last) if piece.closes else written
 
     def finish(self) -> int:
-        """Complete the window of a document that continues in the next part.
+        """Complete the window of a document that continues in the next part, if there is one.
 
-        Returns:
-            The number of tokens in the window; 0 if the last document is complete.
+        Return the number of tokens in the window, or 0.
         """
         return self._end(learnt=False) if self._length else 0
 

@@ -248,7 +248,12 @@ def packing_for(
         separator_id = after[0]
     if separator_id is None:
         separator_id = _separator(tokenizer)
-    bos = _only_one(before)
+    if len(before) > 1:
+        raise CorpusError(
+            f"the tokenizer adds {len(before)} tokens before text ({before}), expected at most "
+            "one; give it as bos_id of a Packing(...)"
+        )
+    bos = int(before[0]) if before else None
     if kind == "joined":
         return Packing(window_length, separator_id, bos, reset_attention, holdout)
     pad = tokenizer.pad_token_id
@@ -274,15 +279,6 @@ def _separator(tokenizer: Any) -> int:
     return int(eos_id)
 
 
-def bos_id(tokenizer: Any) -> int | None:
-    """Return the id of the token that a tokenizer adds before text; None if it adds no token.
-
-    Raises:
-        CorpusError: the tokenizer adds more than one token before text.
-    """
-    return _only_one(_added_tokens(tokenizer)[0])
-
-
 def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids of the tokens that a tokenizer adds before and after text."""
     plain = tokenizer.encode("a", add_special_tokens=False)
@@ -290,13 +286,3 @@ def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     extra = len(full) - len(plain)
     before = next((n for n in range(extra + 1) if full[n : n + len(plain)] == plain), 0)
     return full[:before], full[before + len(plain) :]
-
-
-def _only_one(before: list[int]) -> int | None:
-    """Return the only token that is added before text; None without one. Raises CorpusError."""
-    if len(before) > 1:
-        raise CorpusError(
-            f"the tokenizer adds {len(before)} tokens before text ({before}), expected at most "
-            "one; give it as bos_id of a Packing(...)"
-        )
-    return int(before[0]) if before else None

@@ -83,8 +83,8 @@ class Packing:
             )
         if self.of_documents and self.reset_attention:
             raise InvalidArgumentError(
-                "found reset_attention with one document per window, whose document already has "
-                "the window for itself; leave reset_attention out (--reset-attention)"
+                "found reset_attention with one document per window, where no other document could "
+                "be attended to; leave reset_attention out (--reset-attention)"
             )
         if self.of_documents and self.window_length < self._least_length:
             raise InvalidArgumentError(
@@ -121,12 +121,8 @@ def text_length(kind: str | None, document_starts: NDArray[np.int32], length: in
     """Return the number of tokens before the padding of a window; None if windows are not padded.
 
     The padding counts as a document, and a window of the kind "documents" has one other document,
-    so padding begins at the last document start above 0.
-
-    Args:
-        kind: kind of packing; None, as in identities without a kind, for "joined".
-        document_starts: positions at which documents start, ascending.
-        length: number L of tokens per window.
+    so padding begins at the last document start above 0. Identities of the kind "joined" state no
+    kind.
 
     Examples:
         >>> starts = np.array([0, 5], np.int32)
