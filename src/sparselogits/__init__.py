@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparselogits.caching import retokenize
     from sparselogits.data import CacheDataset, collate, decode
     from sparselogits.losses import (
         SparseKDLoss,
@@ -30,6 +31,7 @@ _HOMES = {
     "collate": "sparselogits.data",
     "decode": "sparselogits.data",
     "linear_sparse_cross_entropy": "sparselogits.losses",
+    "retokenize": "sparselogits.caching",
     "sparse_cross_entropy": "sparselogits.losses",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "collate",
     "decode",
     "linear_sparse_cross_entropy",
+    "retokenize",
     "sparse_cross_entropy",
 ]
 

@@ -11,6 +11,7 @@ from sparselogits.caching.collected import ImportReport, import_collected
 from sparselogits.caching.job import Job
 from sparselogits.caching.plan import Share, shard_ranges
 from sparselogits.caching.remote_texts import fetch_texts, publish_text
+from sparselogits.caching.retokenized import RetokenizeReport, retokenize
 from sparselogits.caching.text import (
     TextPlace,
     names_of_texts,
@@ -24,6 +25,7 @@ __all__ = [
     "CacheRequest",
     "ImportReport",
     "Job",
+    "RetokenizeReport",
     "Share",
     "TextPlace",
     "begin_job",
@@ -34,6 +36,7 @@ __all__ = [
     "names_of_texts",
     "place_of_text",
     "publish_text",
+    "retokenize",
     "shard_ranges",
     "text_of_windows",
     "windows_of_texts",

@@ -27,6 +27,7 @@ from sparselogits.cli.import_ import import_command
 from sparselogits.cli.info import info
 from sparselogits.cli.plan import plan
 from sparselogits.cli.report import report
+from sparselogits.cli.retokenize import retokenize_command
 from sparselogits.cli.shrink import shrink
 from sparselogits.cli.store import card, export, merge, push, repair, verify
 from sparselogits.cli.train import train
@@ -113,6 +114,12 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
         import_command,
         _CREATE,
         "logprobs.jsonl --tokenizer MODEL --vocab-size 128256 --out my-cache",
+    ),
+    (
+        "retokenize",
+        retokenize_command,
+        _CREATE,
+        "my-cache --tokenizer STUDENT --out student-cache",
     ),
     ("plan", plan, _CREATE, "--teacher-params 8B --student-params 1B --tokens 10B"),
     ("demo", demo, _CREATE, "--out demo-run"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
 
-_SAMPLING, _THINNING, _ROUNDING, _CORRUPTION, _HELD_OUT_CORRUPTION = range(5)
+_SAMPLING, _THINNING, _ROUNDING, _CORRUPTION, _HELD_OUT_CORRUPTION, _RETOKENIZING = range(6)
 """Highest word of each stream's counter; the words differ, so the streams never overlap."""
 
 
@@ -98,6 +98,17 @@ def corruption_uniforms(
     """
     stream = _HELD_OUT_CORRUPTION if held_out else _CORRUPTION
     return _unit_interval(_words(seed, window_index, stream, count))
+
+
+def retokenizing_uniforms(seed: int, window_index: int, count: int) -> NDArray[np.float64]:
+    """Return uniforms that choose rounds when a window is retokenized, float64 [count] in [0, 1).
+
+    Args:
+        seed: random seed of the cache, in [0, 2**64).
+        window_index: index of the window in the corpus, in [0, 2**64).
+        count: number of uniforms.
+    """
+    return _unit_interval(_words(seed, window_index, _RETOKENIZING, count))
 
 
 def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:

@@ -1,0 +1,525 @@
+"""Map a window's targets from the teacher's tokens to those of a student with another tokenizer.
+
+Both tokenisations cut the same bytes. Where both have a boundary, a drawn token is a byte string
+that begins there, and the student's target is the distribution of the first student token of such
+byte strings. What follows a drawn token is known only if it is the token of the text: then the
+rounds that drew it are continued by the rounds cached at the next position, until the student's
+first token can no longer change or `followed` tokens are read. docs/theory.md, section 10, states
+what is estimated, and the bias that remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparselogits.corpus.token_bytes import TokenBytes
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.objectives import CAUSAL
+from sparselogits.samplers.uniforms import retokenizing_uniforms
+from sparselogits.targets import SparseTargets, offsets_from_lengths
+
+FOLLOWED = 4
+"""Default number of tokens of the text by which the rounds that drew the text are continued."""
+
+_RAGGED = 64  # largest number of bytes of a word that is left out at the end of a window
+
+_Ints = NDArray[np.int64]
+_Bools = NDArray[np.bool_]
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """Window of a teacher in the tokens of a student.
+
+    Args:
+        tokens: int64 [n], tokens of the student.
+        starts: int32, positions of the tokens that begin a document.
+        learnt: bool [n], whether each position predicts a token of the window that the loss mask of
+            the teacher's cache includes.
+        source: int64 [n], position of the teacher whose target belongs to each position; -1 where
+            the tokenisations share no boundary or the teacher has no target.
+        begins: bool [n], whether the predicted token begins a document's text.
+        closed: int64 [n], index of the first byte after which the predicted token is settled.
+        ends: int64 [L], index of the byte after each teacher token.
+        text_bytes: number of bytes of text in the window, without special tokens.
+        left_out: number of bytes at the edges of the window that no token of the student covers.
+    """
+
+    tokens: _Ints
+    starts: NDArray[np.int32]
+    learnt: _Bools
+    source: _Ints
+    begins: _Bools
+    closed: _Ints
+    ends: _Ints
+    text_bytes: int
+    left_out: int
+
+
+class _Part(NamedTuple):
+    """Consecutive tokens of a student, with positions in the bytes of a window."""
+
+    ids: _Ints
+    starts: _Ints  # -1 for tokens that are not at a place of the text
+    ends: _Ints
+    words: _Ints
+    opens: bool  # whether the first token begins a document
+    begins: bool  # whether the text was tokenised as the beginning of a document
+    inserted: bool = False  # whether the teacher's tokens lack this token
+
+
+class _Stretch(NamedTuple):
+    """Text between two special tokens, or one special token."""
+
+    data: bytes
+    at: int
+    opens: bool
+    begins: bool
+    special: int = -1
+    inserted: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Retokenizer:
+    """Conversion of windows from a teacher's tokenizer to a student's.
+
+    Args:
+        teacher: tokenizer of the cache.
+        student: tokenizer of the student.
+        special: image of each special token of the teacher: an id of the student, or the bytes that
+            it is spelled with (b"" for a token that is left out).
+        bos_id: id that is inserted before each document; None if documents have it already, or the
+            student has none.
+        followed: largest number of tokens of the text by which rounds are continued; 0 maps every
+            drawn token by itself.
+        elsewhere: target of positions without a shared boundary: "text" for the token of the text
+            with all rounds, which is cross-entropy; "none" for no target and no loss.
+        width: number of columns in the teacher's head, which may exceed the number of its tokens.
+    """
+
+    teacher: TokenBytes
+    student: TokenBytes
+    special: Mapping[int, int | bytes]
+    bos_id: int | None = None
+    followed: int = FOLLOWED
+    elsewhere: Literal["text", "none"] = "text"
+    width: int = 0
+
+    # -- alignment ---------------------------------------------------------------------------------
+
+    def align(
+        self, tokens: Sequence[int], document_starts: Iterable[int], present: _Bools | None = None
+    ) -> Aligned:
+        """Tokenise the text of a window for the student, and find the shared boundaries.
+
+        Args:
+            tokens: L tokens of the teacher.
+            document_starts: positions at which a document starts.
+            present: bool [L], whether each position has a target; None if all have one.
+
+        Raises:
+            InvalidArgumentError: the window contains a special token without an image.
+        """
+        stretches, ends = self._stretches(tokens, set(document_starts))
+        parts = list(self._parts(stretches, last=int(ends[-1])))
+        ids, starts, stops = (
+            np.concatenate([getattr(p, name) for p in parts] or [np.empty(0, np.int64)])
+            for name in ("ids", "starts", "ends")
+        )
+        opens, begins, usable, breaks = (np.zeros(len(ids), np.bool_) for _ in range(4))
+        at = 0
+        for part in parts:
+            stop = at + len(part.ids)
+            opens[at], begins[at], breaks[at] = part.opens, part.begins, True
+            breaks[at + 1 : stop] = part.words[1:] != part.words[:-1]
+            # at the beginning of a document only the first token continues the boundary
+            usable[at:stop] = (part.starts > part.starts[0]) if part.begins else part.starts >= 0
+            usable[at] = not part.inserted and part.starts[0] >= 0
+            at = stop
+        if not self.student.crosses_spaces:
+            spaced = [self.student.bytes_of[i][:1].isspace() for i in ids.tolist()]
+            breaks |= np.array(spaced, np.bool_)
+        kept = self._complete(stops, breaks, bool(stretches[-1].special < 0))
+        ids, starts, stops = ids[:kept], starts[:kept], stops[:kept]
+        opens, begins, usable, breaks = (own[:kept] for own in (opens, begins, usable, breaks))
+        count, size = len(ids), len(tokens)
+        before = np.concatenate([[0], stops[:-1]]) if count else stops
+        position = np.searchsorted(ends, before, side="right") - 1
+        shared = usable & (starts == before) & (position >= 0)
+        shared &= ends[np.maximum(position, 0)] == before
+        shared &= position + 1 < size
+        learnt = np.ones(count, np.bool_)
+        if present is not None:
+            shared &= present[np.maximum(position, 0)]
+            learnt = _learnt(ends, before, stops, CAUSAL.at_tokens(present, True))
+        following = np.append(np.flatnonzero(breaks), count)
+        after = following[np.searchsorted(following, np.arange(count), side="right")]
+        closed = np.append(before, 1 << 60)[np.minimum(after, count)]
+        covered = int(stops[-1]) - max(int(starts[0]), 0) if count else 0
+        return Aligned(
+            tokens=ids,
+            starts=np.flatnonzero(opens).astype(np.int32),
+            learnt=CAUSAL.at_positions(learnt, False) if count else learnt,
+            source=CAUSAL.at_positions(np.where(shared, position, -1), -1) if count else ids,
+            begins=CAUSAL.at_positions(begins, False) if count else begins,
+            closed=CAUSAL.at_positions(closed, 1 << 60) if count else closed,
+            ends=ends,
+            text_bytes=sum(len(own.data) for own in stretches),
+            left_out=int(ends[-1]) - covered,
+        )
+
+    def _stretches(self, tokens: Sequence[int], opening: set[int]) -> tuple[list[_Stretch], _Ints]:
+        """Return stretches of text and special tokens, and the end of each teacher token."""
+        found: list[_Stretch] = []
+        ends, at, pending, begun = [], 0, bytearray(), 0
+        opens = begins = False
+
+        def flush() -> None:
+            nonlocal opens, begins
+            if pending:
+                found.append(_Stretch(bytes(pending), begun, opens, begins))
+                pending.clear()
+                opens = begins = False
+
+        for place, token in enumerate(tokens):
+            if place in opening:
+                flush()
+                opens = begins = True
+                if self.bos_id is not None:
+                    found.append(_Stretch(b"", at, True, False, self.bos_id, inserted=True))
+                    opens = False
+            image = self.special.get(token)
+            if token in self.teacher.special and image is None:
+                name = self.teacher.special[token]
+                raise InvalidArgumentError(
+                    f"the text contains the special token {name!r}, which has no counterpart in "
+                    f'the student\'s tokenizer. Give one: --special "{name}=TOKEN", or '
+                    f'--special "{name}=" to spell it as text'
+                )
+            if isinstance(image, int):
+                flush()
+                found.append(_Stretch(b"", at, opens, False, image))
+                at, opens = at + 1, False
+                begins = self.student.adds_space_everywhere or (
+                    begins and token == self.teacher.bos_id
+                )
+            else:
+                own = self.teacher.bytes_of[token] if image is None else image
+                begun = at if not pending else begun
+                pending += own
+                at += len(own)
+            ends.append(at)
+        flush()
+        return found, np.array(ends, np.int64)
+
+    def _parts(self, stretches: Sequence[_Stretch], last: int) -> Iterable[_Part]:
+        """Yield the student's tokens of each stretch; bytes that are no text become byte tokens."""
+        pieces = [_texts(own.data) for own in stretches]
+        texts = [
+            (text, own.begins and at == 0)
+            for own, split in zip(stretches, pieces, strict=True)
+            for at, text, _ in split
+            if text
+        ]
+        encoded = iter(self.student.encode([t for t, _ in texts], [b for _, b in texts]))
+        for own, split in zip(stretches, pieces, strict=True):
+            if own.special >= 0:
+                start = np.array([own.at])
+                stop = start + (not own.inserted)
+                word = np.zeros(1, np.int64)
+                ids = np.array([own.special])
+                yield _Part(ids, start, stop, word, own.opens, False, own.inserted)
+            opens = own.opens
+            for at, text, invalid in split:
+                begin = own.at + at
+                if text:
+                    made = next(encoded)
+                    starts = np.where(made.starts < 0, -1, made.starts + begin)
+                    if len(made.ids):
+                        begins = own.begins and at == 0
+                        yield _Part(made.ids, starts, made.ends + begin, made.words, opens, begins)
+                        opens = False
+                    begin += len(text.encode())
+                at_edge = begin == 0 or begin + len(invalid) == last
+                if invalid and not at_edge and (ids_ := self.student.byte_tokens(invalid)):
+                    ends = begin + 1 + np.arange(len(ids_))
+                    none = np.full(len(ids_), -1)
+                    yield _Part(np.array(ids_), none, ends, none, opens, False)
+                    opens = False
+
+    def _complete(self, stops: _Ints, breaks: _Bools, ragged: bool) -> int:
+        """Return the number of tokens without the last word, which the window may cut."""
+        found = np.flatnonzero(breaks)
+        if not ragged or not len(found) or found[-1] == 0:
+            return len(stops)
+        cut = int(found[-1])
+        return cut if stops[-1] - stops[cut - 1] <= _RAGGED else len(stops)
+
+    # -- targets -----------------------------------------------------------------------------------
+
+    def carries(self, aligned: Aligned) -> _Bools:
+        """Return whether each position has a target, bool [n]."""
+        return (
+            aligned.learnt if self.elsewhere == "text" else aligned.learnt & (aligned.source >= 0)
+        )
+
+    def uniforms(self, aligned: Aligned, seed: int, window_index: int) -> _Floats:
+        """Return the uniforms for `targets`, float64 [n, max(1, followed)].
+
+        Args:
+            aligned: the window's alignment.
+            seed: random seed of the cache.
+            window_index: index of the window in the cache.
+        """
+        shape = len(aligned.tokens), max(1, self.followed)
+        return retokenizing_uniforms(seed, window_index, shape[0] * shape[1]).reshape(shape)
+
+    def targets(
+        self, aligned: Aligned, tokens: Sequence[int], given: SparseTargets, uniforms: _Floats
+    ) -> SparseTargets:
+        """Return the targets of the student's positions.
+
+        Counts remain counts: each position with a target has all rounds of the teacher.
+
+        Args:
+            aligned: the window's alignment.
+            tokens: L tokens of the teacher.
+            given: the teacher's targets, of L positions.
+            uniforms: see `uniforms`; they choose the rounds that continue others.
+        """
+        draws, images = _Draws.of(given), self._images[given.ids.numpy()].tolist()
+        sums: list[_Sum] = []
+        for place, carried in enumerate(self.carries(aligned).tolist()):
+            own = _Sum(int(aligned.tokens[place + 1]) if carried else -1)
+            if carried and aligned.source[place] < 0:
+                own.add(own.label, draws.rounds, 1.0)
+            elif carried:
+                self._push(own, aligned, place, draws, images, tokens, uniforms[place])
+            sums.append(own)
+        entries = [(i, own.counts[i], own.weights[i]) for own in sums for i in sorted(own.counts)]
+        counts = torch.tensor([entry[1] for entry in entries], dtype=torch.int32)
+        weights = torch.tensor([entry[2] for entry in entries], dtype=torch.float64)
+        if draws.equal:
+            weights = counts.to(torch.float32) / draws.rounds
+        return SparseTargets(
+            torch.tensor([entry[0] for entry in entries], dtype=torch.int64),
+            weights.to(torch.float32),
+            offsets_from_lengths(torch.tensor([len(own.counts) for own in sums])),
+            self.student.size,
+            counts=counts if given.rounds else None,
+            rounds=given.rounds,
+        )
+
+    def _push(
+        self,
+        result: _Sum,
+        aligned: Aligned,
+        place: int,
+        draws: _Draws,
+        images: Sequence[int],
+        text: Sequence[int],
+        uniforms: _Floats,
+    ) -> None:
+        """Add the images of one position's draws to `result`.
+
+        Args:
+            result: sums over the student's tokens.
+            aligned: the window's alignment.
+            place: position of the student.
+            draws: the teacher's draws in the window.
+            images: first student token of each entry's byte string by itself.
+            text: tokens of the teacher.
+            uniforms: one uniform per token by which rounds are continued.
+        """
+        at, begins, prefix = int(aligned.source[place]), bool(aligned.begins[place]), b""
+        entries = draws.at(at)
+        for level in range(self.followed + 1):
+            true, count, weight = text[at + 1], 0, 0.0
+            for entry, token, own_count, own_weight in entries:
+                if token == true:
+                    count, weight = own_count, own_weight
+                elif level == 0 and not begins:
+                    result.add(images[entry], own_count, own_weight)
+                else:
+                    result.add(self._continued(prefix, token, begins), own_count, own_weight)
+            at += 1
+            if weight <= 0:
+                return
+            if (
+                level == self.followed
+                or true in self.special
+                or aligned.ends[at] > aligned.closed[place]
+                or at + 1 >= len(text)
+                or not draws.has(at)
+            ):
+                # without following, the text after the drawn token is not used at all
+                alone = self.followed == 0 and true not in self.special
+                image = self._continued(b"", true, begins) if alone else result.label
+                result.add(image, count, weight)
+                return
+            prefix += self.teacher.bytes_of[true]
+            entries = draws.continued(at, count, weight, float(uniforms[level]))
+
+    def _continued(self, prefix: bytes, token: int, begins: bool) -> int:
+        """Return the first student token of some bytes of the text and one drawn token."""
+        image = self.special.get(token)
+        if token in self.teacher.special and not isinstance(image, bytes):
+            if prefix:  # the text ends before the special token
+                return self.student.first_of(prefix, begins)
+            return -1 if image is None else image
+        own = image if isinstance(image, bytes) else self.teacher.bytes_of[token]
+        apart = own[:1].isspace() and not prefix[-1:].isspace() and bool(prefix)
+        if apart and not self.student.crosses_spaces:
+            return self.student.first_of(prefix, begins)
+        return self.student.first_of(prefix + own, begins) if prefix + own else -1
+
+    @cached_property
+    def _images(self) -> _Ints:
+        """First student token of each teacher token's bytes by themselves, int64 [V]."""
+        size = max(self.teacher.size, self.width)
+        images = np.full(size, -1, np.int64)
+        for token in range(self.teacher.size):
+            images[token] = self._continued(b"", token, False)
+        return images
+
+
+_Entry = tuple[int, int, int, float]  # index, token, count, weight
+
+
+class _Sum:
+    """Counts and weights of the student's tokens at one position.
+
+    Args:
+        label: student token of the text, which receives what has no image.
+    """
+
+    def __init__(self, label: int) -> None:
+        self.label = label
+        self.counts: dict[int, int] = {}
+        self.weights: dict[int, float] = {}
+
+    def add(self, image: int, count: int, weight: float) -> None:
+        """Add an entry to a student token; a negative image stands for the label."""
+        image = self.label if image < 0 else image
+        self.counts[image] = self.counts.get(image, 0) + count
+        self.weights[image] = self.weights.get(image, 0.0) + weight
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Entries of a teacher's window as Python numbers.
+
+    Args:
+        ids: ids of all entries.
+        counts: counts of all entries; 0 if the sampler does not draw in rounds.
+        weights: weights of all entries.
+        offsets: first entry of each position.
+        rounds: number of rounds per position, or 0.
+        equal: whether all rounds have the same weight.
+    """
+
+    ids: list[int]
+    counts: list[int]
+    weights: list[float]
+    offsets: list[int]
+    rounds: int
+    equal: bool
+
+    @classmethod
+    def of(cls, targets: SparseTargets) -> _Draws:
+        """Return the entries of targets."""
+        drawn, rounds = targets.counts, targets.rounds or 0
+        equal = drawn is not None and bool(
+            torch.equal(targets.weights, drawn.to(torch.float32) / rounds)
+        )
+        return cls(
+            targets.ids.tolist(),
+            [0] * targets.entries if drawn is None else drawn.tolist(),
+            targets.weights.double().tolist(),
+            targets.offsets.tolist(),
+            rounds,
+            equal,
+        )
+
+    def has(self, position: int) -> bool:
+        """Return whether a position has entries."""
+        return self.offsets[position + 1] > self.offsets[position]
+
+    def at(self, position: int) -> list[_Entry]:
+        """Return the entries of a position."""
+        own = range(self.offsets[position], self.offsets[position + 1])
+        return [(e, self.ids[e], self.counts[e], self.weights[e]) for e in own]
+
+    def continued(self, position: int, count: int, weight: float, uniform: float) -> list[_Entry]:
+        """Return the entries of a position, with the rounds and the weight of an earlier token.
+
+        Of N rounds, `count` are kept, evenly spaced from a random start. Each round is kept with
+        the same probability, so the expectation of the entries is the product of the expectations.
+
+        Args:
+            position: position whose entries continue the token.
+            count: number of rounds that drew the token; 0 if the sampler draws no rounds.
+            weight: weight of the token.
+            uniform: number in [0, 1) that chooses the start.
+        """
+        if not self.rounds:
+            return [(e, token, 0, weight * own) for e, token, _, own in self.at(position)]
+        total, shift, before, kept = self.rounds, int(uniform * self.rounds), 0, []
+        for entry, token, drawn, own in self.at(position):
+            after = before + drawn
+            chosen = ((after - 1) * count - shift) // total - (
+                (before - 1) * count - shift
+            ) // total
+            before = after
+            if chosen:
+                per_round = own * total / drawn
+                kept.append((entry, token, chosen, weight * chosen / count * per_round))
+        return kept
+
+
+def _texts(data: bytes) -> list[tuple[int, str, bytes]]:
+    """Split bytes into text in UTF-8 and bytes that are not.
+
+    Returns:
+        (offset of the text, text, invalid bytes that follow it) per piece; the text may be empty.
+    """
+    found: list[tuple[int, str, bytes]] = []
+    at = 0
+    while at < len(data):
+        start = stop = len(data)
+        try:
+            text = data[at:].decode()
+        except UnicodeDecodeError as error:
+            start, stop = at + error.start, at + error.end
+            text = data[at:start].decode()
+        if text or not found:
+            found.append((at, text, data[start:stop]))
+        else:
+            found[-1] = (*found[-1][:2], found[-1][2] + data[start:stop])
+        at = stop
+    return found
+
+
+def _learnt(ends: _Ints, starts: _Ints, stops: _Ints, learnt: _Bools) -> _Bools:
+    """Return whether the teacher trains on all its tokens that overlap each student token.
+
+    Args:
+        ends: int64 [L], byte after each teacher token.
+        starts: int64 [n], first byte of each student token.
+        stops: int64 [n], byte after each student token.
+        learnt: bool [L], whether the teacher's cache trains on each token.
+    """
+    unlearnt = np.concatenate([[0], np.cumsum(~learnt)])
+    first = np.minimum(np.searchsorted(ends, starts, side="right"), len(ends) - 1)
+    last = np.searchsorted(ends, np.maximum(stops, starts + 1) - 1, side="right")
+    last = np.maximum(np.minimum(last, len(ends) - 1), first)
+    result: _Bools = unlearnt[last + 1] == unlearnt[first]
+    return result

@@ -1,0 +1,335 @@
+"""Define the bytes of each token of a tokenizer, and tokenise byte strings from any boundary.
+
+A token of a byte-level tokenizer (GPT-2 and its successors) or of a SentencePiece tokenizer stands
+for a fixed byte string, so two tokenisations of one text can be compared byte by byte. Tokenizers
+whose tokens do not determine the text are rejected by name: WordPiece drops white space, and
+lowercasing or compatibility normalisation (NFKC) merges different texts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from sparselogits.corpus.tokenizing import bos_id
+from sparselogits.errors import InvalidArgumentError
+
+SPACE_MARK = "\u2581"
+"""Character by which SentencePiece tokenizers write a space."""
+
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Roles of special tokens, as in the attributes `bos_token_id`, ... of a transformers tokenizer."""
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_KEPT_NORMALISERS = {"NFC", "Prepend", "ByteLevel"}
+_DROPPING = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"}
+_REMEMBERED = 1 << 20  # byte strings whose first token is kept
+
+
+class ByteTokens(NamedTuple):
+    """Tokens of a text with their positions in the bytes of the text.
+
+    Args:
+        ids: int64 [N] token ids.
+        starts: int64 [N], position of each token's first byte; -1 for a token whose bytes are not
+            at that place of the text (an unknown token, or one of normalised text).
+        ends: int64 [N], position after each token's last byte.
+        words: int64 [N], number of the word (of the pre-tokenizer) that contains each token.
+    """
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    words: NDArray[np.int64]
+
+
+class TokenBytes:
+    """Tokenizer whose tokens are byte strings.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        whose: name of the tokenizer in messages, as in "the student's tokenizer".
+
+    Attributes:
+        size: number of ids, one more than the largest id.
+        special: content of each special token by id; special tokens stand for no bytes of the text.
+        bytes_of: byte string of each id; empty for special tokens and unused ids.
+        bos_id: id of the token that the tokenizer adds before a text; None for no token.
+
+    Raises:
+        InvalidArgumentError: the tokens do not determine the bytes of a text; the message names the
+            component of the tokenizer that loses them.
+    """
+
+    def __init__(self, tokenizer: Any, whose: str = "the tokenizer") -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InvalidArgumentError(
+                f"{whose} is a {type(tokenizer).__name__} without tokenizer.json, so the bytes of "
+                "its tokens are unknown. Convert it to a fast tokenizer (use_fast=True) and save it"
+            )
+        self._whose, self._state = whose, json.loads(tokenizer.backend_tokenizer.to_str())
+        model = self._state["model"]
+        self._family = self._checked_family(model)
+        self.roles = {
+            role: int(own)
+            for role in ROLES
+            if (own := getattr(tokenizer, f"{role}_token_id", None)) is not None
+        }
+        added = {int(token["id"]): token for token in self._state.get("added_tokens") or ()}
+        names = {int(i): token for token, i in tokenizer.get_vocab().items()}
+        special = {i for i, token in added.items() if token["special"]} | set(self.roles.values())
+        if isinstance(model.get("unk_id"), int):
+            special.add(model["unk_id"])
+        self.special = {i: names[i] for i in sorted(special) if i in names}
+        self.size = max(names) + 1
+        self.bytes_of: list[bytes] = [b""] * self.size
+        for i, name in names.items():
+            if i not in self.special:
+                self.bytes_of[i] = name.encode() if i in added else self._spelled(name)
+        self.bos_id = bos_id(tokenizer)
+        self.first_of = lru_cache(_REMEMBERED)(self._first_of)
+
+    # -- construction ------------------------------------------------------------------------------
+
+    def _checked_family(self, model: dict[str, Any]) -> str:
+        """Return "bytes" or "sentencepiece". Raises InvalidArgumentError."""
+        kind = model.get("type")
+        if kind not in ("BPE", "Unigram"):
+            self._refuse(
+                f"its model is {kind}",
+                "WordPiece and word tokenizers drop white space or rare words",
+            )
+        marked = [n for n in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(n)]
+        if marked:
+            self._refuse(
+                f"its tokens have a {marked[0]} ({model[marked[0]]!r})",
+                "such tokenizers split text at white space and drop it",
+            )
+        for part in self._parts("pre_tokenizer"):
+            if part["type"] in _DROPPING or part.get("behavior") == "Removed":
+                self._refuse(f"its pre-tokenizer is {part['type']}", "it drops white space")
+        names = ("normalizer", "pre_tokenizer", "decoder")
+        kinds = {part["type"] for name in names for part in self._parts(name)}
+        marks = SPACE_MARK in json.dumps(self._state.get("normalizer"), ensure_ascii=False)
+        if not kinds & {"ByteLevel", "Metaspace"} and not marks:
+            self._refuse("it is neither byte-level nor SentencePiece's", "its bytes are unknown")
+        return "bytes" if "ByteLevel" in kinds else "sentencepiece"
+
+    def require_lossless(self) -> None:
+        """Validate that text can be tokenised without changing its bytes.
+
+        NFC is accepted: it does not change text that is in this form, which is most text, and
+        tokens of changed text are recognised (`ByteTokens.starts`).
+
+        Raises:
+            InvalidArgumentError: the normaliser merges different texts.
+        """
+        for part in self._parts("normalizer"):
+            kind = part["type"]
+            spaces = kind == "Replace" and part.get("content") == SPACE_MARK
+            if kind not in _KEPT_NORMALISERS and not spaces:
+                self._refuse(f"its normaliser is {kind}", "it changes the bytes of the text")
+
+    def _refuse(self, found: str, why: str) -> NoReturn:
+        """Raise InvalidArgumentError."""
+        raise InvalidArgumentError(
+            f"{self._whose} cannot be aligned by bytes: {found}; {why}. Use a byte-level BPE, or a "
+            "SentencePiece BPE or Unigram tokenizer without such normalisation"
+        )
+
+    def _parts(self, name: str) -> list[dict[str, Any]]:
+        """Return the components of a sequence of normalisers, pre-tokenizers or decoders."""
+        return list(_flat(self._state.get(name)))
+
+    def _spelled(self, token: str) -> bytes:
+        """Return the bytes of a token of the model's vocabulary."""
+        if self._family == "bytes":
+            try:
+                return bytes(_BYTE_OF[character] for character in token)
+            except KeyError:
+                return token.encode()
+        byte = _BYTE.fullmatch(token)
+        if byte and self._state["model"].get("byte_fallback"):
+            return bytes([int(byte[1], 16)])
+        return token.replace(SPACE_MARK, " ").encode()
+
+    def _compiled(self, **changes: Any) -> Tokenizer:
+        """Compile the tokenizer with some components replaced; text is never read as special."""
+        state = {**self._state, "post_processor": None, "truncation": None, "padding": None}
+        if "dropout" in state["model"]:
+            state["model"] = {**state["model"], "dropout": None}
+        compiled = Tokenizer.from_str(json.dumps({**state, **changes}))
+        compiled.encode_special_tokens = True
+        return compiled
+
+    @cached_property
+    def _beginning(self) -> Tokenizer:
+        """Tokenizer for the beginning of a document, where some tokenizers add a space."""
+        return self._compiled()
+
+    @cached_property
+    def _inside(self) -> Tokenizer:
+        """Tokenizer for text that continues a document, which adds no space."""
+        changes = {
+            name: _without_added_space(self._state.get(name))
+            for name in ("normalizer", "pre_tokenizer")
+        }
+        if all(changes[name] == self._state.get(name) for name in changes):
+            return self._beginning
+        return self._compiled(**changes)
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """Tokenizer without normaliser and pre-tokenizer, for bytes that are not valid UTF-8."""
+        return self._compiled(normalizer=None, pre_tokenizer=None, added_tokens=[])
+
+    @property
+    def adds_space_everywhere(self) -> bool:
+        """Whether a space is added after every special token, not only at the beginning."""
+        return any(
+            part["type"] == "Prepend"
+            or part.get("prepend_scheme") == "always"
+            or (part["type"] == "ByteLevel" and bool(part.get("add_prefix_space")))
+            for name in ("normalizer", "pre_tokenizer")
+            for part in self._parts(name)
+        )
+
+    @cached_property
+    def crosses_spaces(self) -> bool:
+        """Whether a token contains white space after another character, as in "of the"."""
+        return any(re.search(rb"\S\s", own) for own in self.bytes_of)
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        """Ids of the tokens of one byte."""
+        found = {own[0]: i for i, own in enumerate(self.bytes_of) if len(own) == 1}
+        if self._family == "sentencepiece":
+            for i, name in enumerate(map(self._inside.id_to_token, range(self.size))):
+                if name and (byte := _BYTE.fullmatch(name)) and self.bytes_of[i]:
+                    found[int(byte[1], 16)] = i
+        return found
+
+    # -- tokenisation ------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str], begins: Sequence[bool]) -> list[ByteTokens]:
+        """Tokenise texts; positions are in the UTF-8 bytes of each text.
+
+        Args:
+            texts: the texts, without special tokens.
+            begins: whether each text begins a document, where the tokenizer may add a space.
+        """
+        results: list[ByteTokens | None] = [None] * len(texts)
+        for first, compiled in ((True, self._beginning), (False, self._inside)):
+            chosen = [i for i, own in enumerate(begins) if own is first]
+            encodings = compiled.encode_batch([texts[i] for i in chosen], add_special_tokens=False)
+            for i, encoding in zip(chosen, encodings, strict=True):
+                results[i] = self._placed(texts[i], encoding, added_space=first)
+        return [own for own in results if own is not None]
+
+    def _placed(self, text: str, encoding: Encoding, *, added_space: bool) -> ByteTokens:
+        """Return the tokens of a text with their positions in its bytes.
+
+        A token is placed where its own bytes continue the text. Character offsets are used only
+        after a token that is not there, because several tokens of one character share them.
+        """
+        data, cursor = text.encode(), 0
+        byte_of = np.cumsum([0, *(len(c.encode()) for c in text)]) if not text.isascii() else None
+        starts, ends = [], []
+        for place, (i, span) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            own = self.bytes_of[i]
+            added = place == 0 and added_space and own[:1] == b" " and not data.startswith(own)
+            own = own[1:] if added else own
+            if data.startswith(own, cursor) and (own or added):
+                starts.append(cursor)
+                cursor += len(own)
+            else:
+                starts.append(-1)
+                last = span[1] if byte_of is None else int(byte_of[span[1]])
+                cursor = max(cursor, last)
+            ends.append(cursor)
+        words = [-1 if word is None else word for word in encoding.word_ids]
+        arrays = (encoding.ids, starts, ends, words)
+        return ByteTokens(*(np.array(own, np.int64) for own in arrays))
+
+    def byte_tokens(self, data: bytes) -> list[int]:
+        """Return one token per byte; empty if the tokenizer lacks a token for one of the bytes."""
+        ids = [self._byte_ids.get(byte, -1) for byte in data]
+        return [] if -1 in ids else ids
+
+    def _first_of(self, data: bytes, begins: bool = False) -> int:
+        """Return the first token of a byte string that is tokenised by itself.
+
+        Bytes after the last complete character are left out, unless there is nothing before them
+        or the tokenizer is byte-level. The result is -1 if no token can stand for the bytes.
+
+        Args:
+            data: bytes that follow a boundary between tokens.
+            begins: whether the bytes begin a document, where the tokenizer may add a space.
+        """
+        compiled = self._beginning if begins else self._inside
+        try:
+            ids = compiled.encode(data.decode(), add_special_tokens=False).ids
+        except UnicodeDecodeError as error:
+            if self._family == "bytes":
+                spelled = "".join(_CHARACTER_OF[byte] for byte in data)
+                ids = self._plain.encode(spelled, add_special_tokens=False).ids
+            elif error.start:
+                whole = data[: error.start].decode()
+                ids = compiled.encode(whole, add_special_tokens=False).ids
+            else:
+                ids = self.byte_tokens(data[:1]) or [self.roles.get("unk", -1)]
+        return ids[0] if ids else -1
+
+    def first_of_each(self, strings: Iterable[bytes]) -> NDArray[np.int64]:
+        """Return the first token of each byte string, int64; -1 where there is none."""
+        return np.array([self.first_of(own) if own else -1 for own in strings], np.int64)
+
+
+def _flat(part: Any) -> Iterable[dict[str, Any]]:
+    """Yield the components of a possibly nested sequence in tokenizer.json."""
+    if not isinstance(part, dict):
+        return
+    nested = next(
+        (part[n] for n in ("normalizers", "pretokenizers", "decoders") if n in part), None
+    )
+    if nested is None:
+        yield part
+        return
+    for own in nested:
+        yield from _flat(own)
+
+
+def _without_added_space(part: Any) -> Any:
+    """Return a component of tokenizer.json that adds no space before a text; None for nothing."""
+    if not isinstance(part, dict):
+        return part
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            kept = [own for each in part[name] if (own := _without_added_space(each)) is not None]
+            return {**part, name: kept} if kept else None
+    if part["type"] == "Prepend":
+        return None
+    if part["type"] == "Metaspace":
+        return {**part, "prepend_scheme": "never"}
+    return {**part, "add_prefix_space": False} if part.get("add_prefix_space") else part
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of byte-level tokenizers stands for (as in GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + number): byte for number, byte in enumerate(others)},
+    }
+
+
+_BYTE_OF = _byte_alphabet()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
