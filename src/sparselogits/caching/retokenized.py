@@ -154,13 +154,10 @@ def retokenize(
     require_tokenizer(
         theirs, old.tokenizer, source.recorded_tokenizer(), whose="the cache tokenizer"
     )
-    teacher = TokenBytes(theirs, "the tokenizer of the cache")
-    student = TokenBytes(ours, "the student's tokenizer")
-    student.require_lossless()
-    packing, images, bos_id = _packing(old, ours, teacher, student, special or {})
-    convert = Retokenizer(
-        teacher, student, images, bos_id, followed, elsewhere, width=old.vocab_size
+    convert, packing = conversion(
+        old, theirs, ours, special=special, followed=followed, elsewhere=elsewhere
     )
+    teacher, student, images = convert.teacher, convert.student, convert.special
     length = window or _window_length(source, convert)
     packing = replace(packing, window_length=length)
     hashed = tokenizer_fingerprint(ours)
@@ -170,7 +167,7 @@ def retokenize(
         "followed": followed,
         "elsewhere": elsewhere,
         "special": hashlib.sha256(canonical_json(_described(images))).hexdigest(),
-        "bos": bos_id,
+        "bos": convert.bos_id,
     }
     target = Cache.create(out, _identity(old, packing, str(hashed), student.size, made_from))
     how = {**made_from, "tokenizer": str(hashed), "window": length}
@@ -188,6 +185,38 @@ def retokenize(
 
 
 # -- settings --------------------------------------------------------------------------------------
+
+
+def conversion(
+    old: Identity,
+    theirs: Any,
+    ours: Any,
+    *,
+    special: Mapping[str, str] | None = None,
+    followed: int = FOLLOWED,
+    elsewhere: Literal["text", "none"] = "text",
+) -> tuple[Retokenizer, Packing]:
+    """Return the conversion of a cache's windows, and the packing of the new windows.
+
+    The window length of the packing is not yet that of the new windows.
+
+    Args:
+        old: identity of the cache.
+        theirs: tokenizer of the cache.
+        ours: tokenizer of the student.
+        special: see `retokenize`.
+        followed: see `retokenize`.
+        elsewhere: see `retokenize`.
+
+    Raises:
+        InvalidArgumentError: see `retokenize`.
+    """
+    teacher = TokenBytes(theirs, "the tokenizer of the cache")
+    student = TokenBytes(ours, "the student's tokenizer")
+    student.require_lossless()
+    packing, images, bos = _packing(old, ours, teacher, student, special or {})
+    made = Retokenizer(teacher, student, images, bos, followed, elsewhere, width=old.vocab_size)
+    return made, packing
 
 
 def _named(tokenizer: Any) -> Any:
@@ -266,6 +295,7 @@ def _identity(
         codec = {"name": NAME, "version": ROUNDED, "weights": "float32", "rounding": STOCHASTIC}
     packed = packing.to_json()
     del packed["window_length"]
+    kept = {name: own for name, own in old.packing.items() if name not in ("kind", "padding_id")}
     return replace(
         old,
         teacher={**old.teacher, "retokenized": made_from},
@@ -273,7 +303,7 @@ def _identity(
         vocab_size=vocab_size,
         token_mask="all",
         window_length=packing.window_length,
-        packing={**old.packing, **packed},
+        packing={**kept, **packed},
         codec=codec,
     )
 

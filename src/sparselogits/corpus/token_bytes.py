@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from sparselogits.corpus.tokenizing import bos_id
+from sparselogits.corpus.tokenizing import added_tokens
 from sparselogits.errors import InvalidArgumentError
 
 SPACE_MARK = "\u2581"
@@ -93,7 +93,8 @@ class TokenBytes:
         for i, name in names.items():
             if i not in self.special:
                 self.bytes_of[i] = name.encode() if i in added else self._spelled(name)
-        self.bos_id = bos_id(tokenizer)
+        before, _ = added_tokens(tokenizer)
+        self.bos_id = before[0] if before else None
         self.first_of = lru_cache(_REMEMBERED)(self._first_of)
 
     # -- construction ------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def packing_for(
         CorpusError: the tokenizer has no token that could separate documents, or it adds more than
             one token before text (for the kind "documents", or after it).
     """
-    before, after = _added_tokens(tokenizer)
+    before, after = added_tokens(tokenizer)
     if separator_id is None and kind == "documents" and after:
         if len(after) > 1:
             raise CorpusError(
@@ -279,7 +279,7 @@ def _separator(tokenizer: Any) -> int:
     return int(eos_id)
 
 
-def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids of the tokens that a tokenizer adds before and after text."""
     plain = tokenizer.encode("a", add_special_tokens=False)
     full: list[int] = tokenizer.encode("a")
