@@ -140,6 +140,7 @@ def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
     ranks = getattr(engine, "ranks", 1)  # sums over ranks have other rounding errors
     return {
         **({"ranks": ranks} if ranks > 1 else {}),
+        **getattr(engine, "versions", {}),
         "sparselogits": version("sparselogits"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -64,6 +64,9 @@ MaskUnits = StrEnum("MaskUnits", ["tokens", "words", "spans"])
 PackingName = StrEnum("PackingName", ["joined", "documents"])
 """Names of the kinds of packing, see `corpus.Packing`."""
 
+EngineName = StrEnum("EngineName", ["transformers", "vllm"])
+"""Names of the libraries that can run the teacher."""
+
 ExecutorName = StrEnum("ExecutorName", ["local", "torchrun", "ray"])
 """Names of the executors that can run a build."""
 
@@ -163,6 +166,12 @@ def cache(
         "auto: distribute the teacher's layers over all devices, host memory and disk.",
         shown="the whole teacher on --device",
     ),
+    engine_name: EngineName = PERFORMANCE(
+        "Library that runs the teacher's layers. vllm is installed separately, and runs causal "
+        "models from a folder or a hub.",
+        EngineName.transformers,
+        "--engine",
+    ),
     executor: ExecutorName = DISTRIBUTED(
         "Processes that run the build: this one, the ranks of torchrun, or a Ray cluster.",
         ExecutorName.local,
@@ -195,13 +204,14 @@ def cache(
     from sparselogits.corpus.packed import recorded_vocabulary
     from sparselogits.corruption import Corruption, TokenKinds
     from sparselogits.store.storage.location import is_url
-    from sparselogits.teacher import load_teacher
+    from sparselogits.teacher import load_teacher, load_vllm_teacher
     from sparselogits.teacher.loading import (
         keep_tokenizer,
         load_tokenizer,
         locate_model,
         names_masked_model,
     )
+    from sparselogits.teacher.vllm_engine import require_vllm
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     drawn, budget = _sampler(context.meta[SAMPLER], budget)
@@ -223,17 +233,29 @@ def cache(
     )
     if role.is_first:
         messages.print(source.in_words())
-    locate_model(teacher)  # rejects unusable model files before the text is packed
+    _, located = locate_model(teacher)  # rejects unusable model files before the text is packed
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {"device_map": device_map, "tp_plan": tp_plan}
+    if engine_name == EngineName.vllm:
+        require_vllm(
+            {
+                "--device-map": device_map is not None,
+                "--tp-plan": tp_plan is not None,
+                "a GGUF file": "gguf_file" in located,
+                "a masked teacher": names_masked_model(
+                    teacher, trust_remote_code=trust_remote_code
+                ),
+            }
+        )
+        how = {"window_length": window}
     load = partial(
-        load_teacher,
+        load_teacher if engine_name == EngineName.transformers else load_vllm_teacher,
         teacher,
         tokenizer=tokenizer,
         dtype=dtype,
-        device_map=device_map,
-        tp_plan=tp_plan,
         trust_remote_code=trust_remote_code,
         allow=tuple(allow or ()),  # allowances apply per process, and workers are processes
+        **how,
     )
     rules = packing_for(
         tokenizer,

