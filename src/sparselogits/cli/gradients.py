@@ -264,7 +264,7 @@ def _conditions(
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
-    """Print a student's results: parameters at every batch size, other spaces at the largest."""
+    """Print a student's results: for parameters at each batch size, else at the largest one."""
     from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]

@@ -102,7 +102,7 @@ def plan(
     ranks: int = DISTRIBUTED("Number of devices that train one student.", 1),
     price: float = COST("Price per device-hour.", 0.0),
     storage_price: float = COST("Price per terabyte-month of storage.", 0.0),
-    months: float = COST("Months that the cache is stored.", 1.0),
+    months: float = COST("Number of months for which the cache is stored.", 1.0),
     sizes: bool = OUTPUT(
         "Also print a table for students of 300M to 13B and texts of 1B to 10T tokens.",
         False,

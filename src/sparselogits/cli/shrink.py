@@ -63,7 +63,7 @@ def shrink(
     layer_score: LayerScoreOption = STUDENT(
         "How to select blocks: influence (one minus the cosine of a block's input and output; one "
         "forward pass), loss (loss on the text without the block; one forward pass per block) or "
-        "spaced (evenly from the first to the last, every second one for half of them, as in "
+        "spaced (evenly from the first to the last, about every second one for half of them, as in "
         "DistilBERT; needs no text).",
         LayerScoreOption.influence,
     ),

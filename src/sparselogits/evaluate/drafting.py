@@ -56,7 +56,7 @@ class Drafting:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Mean number of tokens emitted per forward pass of the teacher, one of them its own."""
+        """Mean number of tokens per forward pass of the teacher, including one from the teacher."""
         return 1 + self.accepted / self.drafts
 
     def to_json(self) -> dict[str, Any]:

@@ -305,7 +305,7 @@ def _measure_window(
 def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
     """Divide a slice of positions into blocks of `BLOCK_ROWS` on a CPU, one block elsewhere.
 
-    Mapping memory for a large new tensor costs more than the arithmetic.
+    On a CPU, mapping memory for one large tensor would take longer than the arithmetic.
     """
     rows = positions.stop - positions.start
     if taught is None or taught.device.type == "cpu":

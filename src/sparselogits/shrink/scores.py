@@ -34,8 +34,7 @@ module's docstring."""
 def spaced_layers(count: int, total: int) -> tuple[int, ...]:
     """Return the indices of evenly spaced blocks, from the first one to the last one.
 
-    For half of the blocks this is every second block, as DistilBERT selects them: of twelve blocks
-    0, 2, 4, 7, 9 and 11.
+    Six of twelve blocks are those of DistilBERT: 0, 2, 4, 7, 9 and 11.
 
     Args:
         count: number of blocks to retain.

@@ -382,8 +382,8 @@ def _label_surplus(
 ) -> Tensor:
     """Return the weighted sum of (label's logit - mean logit) over positions.
 
-    Cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to the label by e times
-    this sum, because both contain the same log-partition and average different logits.
+    With label smoothing e, cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to
+    the label by e times this sum, because both have the same log-partition.
     """
     rows, taken = states[counted], labels[counted]
     weights = 1.0 if weight is None else weight[counted]

@@ -369,7 +369,10 @@ class CompareRecipe(_Strict):
             if twice:
                 raise ValueError(f"{what} occur twice: {', '.join(twice)}; give each once")
         if not self.seeds or not self.students:
-            raise ValueError("give at least one seed and one student")
+            raise ValueError(
+                f"found {len(self.seeds)} seeds and {len(self.students)} students; give at least "
+                "one of each"
+            )
         if self.mask_span is not None and self.mask_units != "spans":
             raise ValueError(
                 f"mask_span={self.mask_span:g} needs mask_units: spans (found "

@@ -158,7 +158,7 @@ class MethodRow(_Value):
         "the method closes, over the seeds that all three have; None if the gap is not "
         "distinguishable from zero",
     )
-    reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
+    reliability: list[ReliabilityBin] = Field(description="calibration in 15 bins of equal width")
     tasks: dict[str, MetricEstimate] = Field(
         default_factory=dict,
         description="zero-shot scores by TASK/METRIC; `windows` and `both` are intervals over the "
@@ -242,7 +242,7 @@ class TeacherRow(_Value):
     """Results of the teacher on the held-out windows."""
 
     figures: dict[str, float] = Field(description="metrics by name")
-    reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
+    reliability: list[ReliabilityBin] = Field(description="calibration in 15 bins of equal width")
     positions: int = Field(description="number of positions with a label")
     windows: int = Field(description="number of windows")
     tasks: dict[str, float] = Field(

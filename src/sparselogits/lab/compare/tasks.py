@@ -256,7 +256,7 @@ def task_estimates(
 def _score(
     model: nn.Module, of: str, tasks: TaskSetting, progress: TaskProgress | None = None
 ) -> None:
-    """Score a model on the tasks without stored scores, and store the scores of model `of`."""
+    """Score a model where scores are missing, and store them; see `TaskSetting.key` for `of`."""
     names = tasks.missing(of)
     local = [name for name in names if name in LOCAL_TASKS]
     # tasks of lm-eval are run one by one, because a name may be a group, and one may fail
