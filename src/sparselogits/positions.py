@@ -30,8 +30,26 @@ def trained_positions(model: nn.Module) -> int | None:
         limit = getattr(config, name, None)
         if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
             # some configurations state only the number before scaling
-            return max(limit, _scaled_positions(config))
+            return max(limit - _rows_for_padding(model, limit), _scaled_positions(config))
     return None
+
+
+def _rows_for_padding(model: nn.Module, rows: int) -> int:
+    """Return how many rows of a table of positions are reserved for padding; 0 without a table.
+
+    RoBERTa numbers positions from the row after that of its padding token.
+
+    Args:
+        model: a transformers language model.
+        rows: number of rows in the table.
+    """
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module is tokens:
+            continue
+        if module.num_embeddings == rows and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def _scaled_positions(config: object) -> int:

@@ -17,7 +17,7 @@ from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import draft_from_prefixes, evaluate
 from sparselogits.evaluate.acceptance import Round, draft_and_verify, expected_acceptance
-from sparselogits.evaluate.passes import teacher_slices
+from sparselogits.evaluate.passes import teacher_slices, without_padding
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from tests.conftest import tiny_llama
 
@@ -157,19 +157,29 @@ def test_realised_acceptance_is_the_expected_one(windows, teacher):
     assert again == found
 
 
-def test_the_expectation_on_prefixes_is_that_of_whole_windows(windows, teacher):
+class Padded(TextDataset):
+    """Windows whose tokens after the first twelve are padding."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item | {"attention_mask": (torch.arange(len(item["input_ids"])) < 12).long()}
+
+
+@pytest.mark.parametrize("kind", [TextDataset, Padded])
+def test_the_expectation_on_prefixes_is_that_of_whole_windows(windows, teacher, kind):
     """A draft of one token visits positions of the text itself, in one slice or the next."""
     student = tiny_llama(seed=4)
-    few = TextDataset(windows.corpus, limit=4)
-    found = draft_from_prefixes(student, few, teacher, draft=1, prefixes=23)
+    few = kind(windows.corpus, limit=4)
+    ends = 11 if kind is Padded else 23
+    found = draft_from_prefixes(student, few, teacher, draft=1, prefixes=ends)
     expected = []
     for index in range(4):
-        item = few[index]
+        item = without_padding(few[index])
         taught = torch.cat([own for _, own in teacher_slices(teacher, item) if own is not None])
         inputs = {k: v[None] for k, v in item.items() if k != "shift_labels"}
         drafts = student(**inputs).logits[0].detach()
-        expected.append(expected_acceptance(taught.log_softmax(1), drafts.log_softmax(1))[:23])
-    assert found.verified == 4 * 23
+        expected.append(expected_acceptance(taught.log_softmax(1), drafts.log_softmax(1))[:ends])
+    assert found.verified == 4 * ends
     assert found.expected == pytest.approx(float(torch.cat(expected).mean()), abs=1e-5)
 
 

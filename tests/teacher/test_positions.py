@@ -17,6 +17,7 @@ from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective, bind
 from tests.architectures import POSITIONS, VOCABULARY, tiny_model
 from tests.conftest import tiny_llama
+from tests.masked_models import MODELS
 
 TABLES = ("gpt2", "gpt_bigcode", "opt", "mpt", "gpt_neo", "codegen", "gptj", "biogpt", "ctrl")
 COMPUTED = ("llama", "qwen3", "gemma2", "phi", "xglm", "gpt_neox", "falcon_h1")
@@ -37,6 +38,20 @@ def window(length: int, starts: tuple[int, ...] = (0,)) -> Window:
 
 def check(teacher: TransformersTeacher, length: int) -> float:
     return check_teacher_on_text(teacher, [window(length)], reset_attention=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_a_table_that_are_reserved_for_padding_are_no_positions(name):
+    """RoBERTa's table has 66 rows, of which 64 are positions."""
+    model = MODELS[name]().eval()
+    limit = trained_positions(model)
+    assert limit == (66 if name in ("ModernBERT", "ELECTRA's generator") else 64)
+    student = StudentLogits(model, masked=True)
+    student.over({"input_ids": torch.arange(limit) + 2})
+    if name != "ModernBERT":  # its positions are computed
+        said = f"has {limit} positions and cannot run sequences of {limit + 1} tokens"
+        with pytest.raises(InvalidArgumentError, match=said):
+            student.over({"input_ids": torch.arange(limit + 1) + 2})
 
 
 @pytest.mark.parametrize("architecture", TABLES)
