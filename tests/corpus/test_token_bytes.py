@@ -165,8 +165,7 @@ def require_placed(own: TokenBytes, text: str, *, begins: bool, whole: bool) -> 
             assert data[start:end] in (expected, expected[1:] if expected[:1] == b" " else expected)
             spelled += data[start:end]
         last = end
-    assert last == len(data)
-    if whole:
+    if whole:  # a tokenizer without a token for a byte drops it
         assert spelled == data
 
 
