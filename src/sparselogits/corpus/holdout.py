@@ -150,7 +150,7 @@ class Split:
 def choose_split(
     tables: Path, lengths: Sequence[int], window_length: int, share: float
 ) -> Split | None:
-    """Select the requested share of a stream's tokens, in (0, 1), to be held out.
+    """Select a share, in (0, 1), of the tokens in a stream for the hold-out.
 
     `tables` is the folder of the document tables, one per part, and `lengths` contains the number
     of tokens in each part. The result is None if the text has fewer than two windows.

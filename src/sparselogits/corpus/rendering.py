@@ -531,7 +531,7 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
 
 
 def _is_excluded(message: Message) -> bool:
-    """Return whether a record excludes a message from the loss (OpenAI, ms-swift, Axolotl)."""
+    """Return whether a message is excluded from the loss, as OpenAI, ms-swift or Axolotl do it."""
     return (
         message.get("weight") == 0 or message.get("loss") is False or message.get("train") is False
     )

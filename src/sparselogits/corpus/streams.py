@@ -45,6 +45,7 @@ GROUP_TOKENS = 1 << 14
 
 _CACHED_GROUPS = 8
 _LARGEST_COLUMN = 8 * GROUP_TOKENS + 1024  # bytes per row group; a row has at most eight
+_LARGEST_PACKED = _LARGEST_COLUMN + (1 << 14)  # bytes per compressed column
 _LARGEST_FREQUENCIES = 1 << 22  # bytes: more than 262 144 ids of 12 bytes in base64
 _MOST_PAGES = 64
 _PLAIN = 0  # number of Parquet's plain encoding
@@ -361,8 +362,11 @@ def _require_plausible_group(path: Path, file: pq.ParquetFile, group: int) -> No
         for number in range(metadata.num_columns):
             chunk = metadata.column(number)
             size, start = chunk.total_compressed_size, chunk.data_page_offset
-            if chunk.has_dictionary_page or not 0 <= size <= _LARGEST_COLUMN + (1 << 14):
-                raise PartError(f"column {number} of row group {group} claims {size} bytes")
+            if chunk.has_dictionary_page or not 0 <= size <= _LARGEST_PACKED:
+                raise PartError(
+                    f"column {number} has {size} bytes, expected no dictionary and at most "
+                    f"{_LARGEST_PACKED}"
+                )
             _require_plausible_pages(os.pread(descriptor, size, start))
     finally:
         os.close(descriptor)
@@ -379,7 +383,7 @@ def _require_plausible_pages(data: bytes) -> None:
         if (
             page.get(2) != _PLAIN  # other encodings claim further sizes within their data
             or not 0 <= claimed <= _LARGEST_COLUMN
-            or not 0 <= packed <= _LARGEST_COLUMN + (1 << 14)
+            or not 0 <= packed <= _LARGEST_PACKED
             or values > GROUP_TOKENS
         ):
             raise PartError(

@@ -120,7 +120,7 @@ class TextCheck:
         return [self._known[first] for first in sorted(self._known)]
 
     def require(self, windows: Range, provenance: dict[str, Any]) -> None:
-        """Validate the text in the provenance of a shard; that of old versions has no text.
+        """Validate the text in the provenance of a shard, which shards of old versions lack.
 
         Raises:
             ValueError: the cache does not record the text, the windows do not come from it, or it

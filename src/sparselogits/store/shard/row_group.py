@@ -86,8 +86,8 @@ def require_pages(
         compressed = name in COMPRESSED
         encoding = _BYTE_STREAM_SPLIT if compressed else _PLAIN
         form = (header.get(_TYPE), *(page.get(f) for f in (_ENCODING, _DEFINITIONS, _REPETITIONS)))
-        if form != (_DATA_PAGE, encoding, _RLE, _RLE):
-            raise DamageError(f"column {name} has a page of an invalid kind or encoding: {form}")
+        if form != (expected := (_DATA_PAGE, encoding, _RLE, _RLE)):
+            raise DamageError(f"column {name}: page type and encodings {form}, expected {expected}")
         values, packed = page.get(_VALUES), header.get(_COMPRESSED)
         plain = header.get(_UNCOMPRESSED)
         if values is None or packed is None or plain is None:

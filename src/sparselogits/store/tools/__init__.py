@@ -1,1 +1,1 @@
-"""Tools for existing caches: verify, repair, merge, push, export, sample, and the dataset card."""
+"""Verify, repair, merge, publish, export, sample and describe existing caches."""
