@@ -20,12 +20,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.store.s3 import S3, Proxy, S3Server
 
 torch.set_num_threads(1)
+
+# a busy machine is not a failure: no limit of time per example, and none for making its input
+settings.register_profile(
+    "sparselogits", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("sparselogits")
 
 VOCABULARY = 512
 PADDED_VOCABULARY = 520  # includes rows of the head without a token, as in many models

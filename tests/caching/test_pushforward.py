@@ -109,7 +109,7 @@ def test_following_reduces_the_bias_within_its_bound() -> None:
 
 
 @given(seed=st.integers(0, 2**32), followed=st.integers(0, 3), elsewhere=st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_mapped_targets_are_valid_counts(seed: int, followed: int, elsewhere: bool) -> None:
     """Every kind of draw keeps its rounds and its mass, whatever the text."""
     generator = torch.Generator().manual_seed(seed)

@@ -75,7 +75,7 @@ lengths = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths, st.floats(0.01, 0.9), st.integers(2, 20), st.integers(40, 400), st.data())
 def test_the_share_is_met_within_a_window(
     tmp_path_factory, lengths, share, window, part_tokens, data

@@ -247,9 +247,7 @@ def test_the_fingerprint_sees_everything_but_the_index():
 documents = st.lists(st.text(st.characters(codec="utf-8"), max_size=60), min_size=1, max_size=30)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents, st.integers(10, 400), st.sampled_from([0.0, 0.5]))
 def test_whatever_the_documents_no_token_is_lost(
     tokenizer, tmp_path_factory, texts, part_bytes, holdout

@@ -16,9 +16,7 @@ from sparselogits.corpus.pieces import Piece, cut_pieces, document_key
 from sparselogits.corpus.tokenizing import Encoder
 
 LINES = SAMPLE.splitlines()
-quick = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
 blanks = st.sampled_from([" ", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u3000", ".\n", "-- "])
 prose = st.lists(st.one_of(words, blanks, st.sampled_from(LINES)), max_size=120).map("".join)

@@ -9,8 +9,7 @@ from sparselogits.losses import sparse_cross_entropy
 
 V = 9
 seeds = st.integers(0, 2**31)
-settings.register_profile("losses", deadline=None, max_examples=40)
-settings.load_profile("losses")
+examples = settings(max_examples=40)
 
 
 def draw(seed, rows=5, entries=4, mass=1.0):
@@ -31,6 +30,7 @@ def assert_equal(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@examples
 @given(seeds, st.sampled_from(RULES), st.floats(0.1, 1.0), st.floats(0.0, 1.0))
 def test_gradient_of_a_row_sums_to_zero(seed, rule, mass, alpha):
     """Adding a constant to a row's logits changes nothing."""
@@ -43,6 +43,7 @@ def test_gradient_of_a_row_sums_to_zero(seed, rule, mass, alpha):
     torch.testing.assert_close(loss, shifted, rtol=1e-9, atol=1e-9)
 
 
+@examples
 @given(seeds, st.sampled_from(RULES), st.integers(0, 3))
 def test_order_of_entries_and_padding_do_not_matter(seed, rule, padding):
     logits, ids, weights = draw(seed, mass=0.7)
@@ -55,6 +56,7 @@ def test_order_of_entries_and_padding_do_not_matter(seed, rule, padding):
     assert_equal(value_and_gradient(logits, ids, weights, **options), expected)
 
 
+@examples
 @given(seeds, st.floats(-2.0, 3.0), st.floats(-2.0, 3.0))
 def test_linear_in_the_target(seed, a, b):
     """What makes an unbiased target give an unbiased loss and gradient."""
@@ -71,6 +73,7 @@ def test_linear_in_the_target(seed, a, b):
         torch.testing.assert_close(mixed, a * x + b * y, rtol=1e-9, atol=1e-9)
 
 
+@examples
 @given(seeds, st.permutations(range(5)), st.integers(1, 6))
 def test_rows_are_independent_of_order_and_chunk(seed, order, chunk_rows):
     logits, ids, weights = draw(seed)
@@ -82,6 +85,7 @@ def test_rows_are_independent_of_order_and_chunk(seed, order, chunk_rows):
     assert_equal(gradient, expected[order])
 
 
+@examples
 @given(seeds, st.floats(0.2, 5.0), st.floats(0.2, 5.0))
 def test_temperature_divides_what_the_scale_multiplies(seed, scale, temperature):
     logits, ids, weights = draw(seed)
@@ -90,6 +94,7 @@ def test_temperature_divides_what_the_scale_multiplies(seed, scale, temperature)
     assert_equal(a, b)
 
 
+@examples
 @given(seeds, st.integers(2, 5))
 def test_integer_position_weights_repeat_rows(seed, repeats):
     logits, ids, weights = draw(seed)
@@ -100,6 +105,7 @@ def test_integer_position_weights_repeat_rows(seed, repeats):
     assert_equal(weighted.detach(), repeated.detach())
 
 
+@examples
 @given(seeds)
 def test_least_where_the_student_is_the_target(seed):
     """At s = t the gradient vanishes and the loss is the target's entropy."""

@@ -118,7 +118,7 @@ def window(draw: st.DrawFn, vocab_size: int, rounds: int) -> TargetWindow:
     return TargetWindow(sets(rows, vocab_size, rounds), tokens, present)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_sets_come_back(data):
     V, rounds = data.draw(st.sampled_from([1, 2, 6, 131072, 262144])), data.draw(st.integers(1, 6))

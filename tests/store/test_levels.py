@@ -45,7 +45,7 @@ def test_the_table_is_the_specification_s():
     assert steps.max() < LARGEST_STEP * (1 + 1e-4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights)
 def test_the_nearest_level_is_within_half_a_step(w):
     below, above = neighbours(w)
@@ -58,7 +58,7 @@ def test_the_nearest_level_is_within_half_a_step(w):
     assert bool((np.abs(made[inside] - w[inside]) <= rest * LARGEST_STEP / 2 * (1 + 1e-2)).all())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights)
 def test_stochastic_rounding_has_the_weight_as_its_expectation(w):
     """By enumeration: the set of uniforms that round up is an interval [0, share)."""
@@ -72,7 +72,7 @@ def test_stochastic_rounding_has_the_weight_as_its_expectation(w):
     assert np.allclose(mean, w, rtol=1e-15, atol=0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weights, st.integers(0, 2**32))
 def test_levels_stay_and_return(w, seed):
     uniforms = np.random.default_rng(seed).random(len(w))
