@@ -26,7 +26,7 @@ Debian's installation guide (GPL, not committed) are fetched by:
     done
     iconv -f koi8-r -t utf-8 ru.txt > ru-utf8.txt
 
-They are translations of one text, so they differ in language and not in content. The others are
+They are translations of one manual, but their middles are not the same passage. The others are
 Genesis in public-domain translations (the Swedish one decoded as code page 437).
 """
 
@@ -170,6 +170,9 @@ def values(result: dict[str, Any]) -> dict[str, Any]:
         for row in texts.values()
     ]
     ratios = [independent / systematic for independent, systematic in errors]
+    orders = [sorted(errors, key=errors.__getitem__) for errors in map(_errors_of, texts.values())]
+    if any(order[:2] != ["threshold", "systematic"] for order in orders):
+        raise SystemExit("threshold and systematic are not first everywhere; change the template")
     conditions = result["conditions"]
     return {
         "texts": texts,
@@ -187,7 +190,13 @@ def values(result: dict[str, Any]) -> dict[str, Any]:
         "samplers": list(first[OWN]),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
+        "top_better": sum(order[2].startswith("top") for order in orders),
     }
+
+
+def _errors_of(row: dict[str, Any]) -> dict[str, float]:
+    """Return the error times entries of each sampler on a text, with its own parameters."""
+    return {name: found["error_x_entries"] for name, found in row[OWN].items()}
 
 
 def page(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -218,6 +219,20 @@ def test_a_vocabulary_of_another_teacher_is_refused(tmp_path) -> None:
     with pytest.raises(InvalidArgumentError, match="has the id 9, but the teacher"):
         CacheDataset(root, draft=DraftVocabulary(torch.tensor([1, 9]), 12))
     CacheDataset(root, draft=DraftVocabulary(torch.tensor([1, 8]), 12))  # only padding is absent
+    few = int(CacheDataset(root)[0]["shift_labels"].max())
+    small = CacheDataset(root, draft=DraftVocabulary(torch.tensor([0]), few))
+    with pytest.raises(InvalidArgumentError, match=f"the text has the id {few}, but the draft"):
+        small[0]
+
+
+def test_frequencies_that_cannot_be_written_cause_no_warning() -> None:
+    frequencies = np.array([3, 1, 2])
+    frequencies.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draft = DraftVocabulary.most_frequent(frequencies, 2)
+        assert draft.coverage(frequencies) == pytest.approx(5 / 6)
+    assert draft.ids.tolist() == [0, 2]
 
 
 # -- files -----------------------------------------------------------------------------------------

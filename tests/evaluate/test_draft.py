@@ -88,3 +88,11 @@ def test_a_student_without_the_classes_is_refused(windows, teacher):
     ):
         with pytest.raises(InvalidArgumentError, match=r"520 outputs, expected 161 .*give_head"):
             measure()
+
+
+def test_a_draft_vocabulary_of_another_tokenizer_is_refused(windows):
+    with pytest.raises(InvalidArgumentError, match="has the id 600, but the teacher of the text"):
+        TextDataset(windows.corpus, draft=DraftVocabulary(torch.tensor([1, 600]), 700))
+    small = TextDataset(windows.corpus, draft=DraftVocabulary(torch.arange(4), 5))
+    with pytest.raises(InvalidArgumentError, match="but the draft vocabulary is for a teacher of"):
+        evaluate({}, small)

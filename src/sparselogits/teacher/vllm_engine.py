@@ -144,7 +144,7 @@ def load_vllm_teacher(
         options: other arguments of vLLM's `LLM`, such as `tensor_parallel_size`.
 
     Raises:
-        MissingDependencyError: vLLM is not installed.
+        MissingDependencyError: vLLM is not installed, or it cannot be imported.
         InvalidArgumentError: an option is one that this function sets.
         TeacherError: the model cannot be read, is not a causal model that vLLM supports, or its
             states in vLLM differ from those in transformers.
@@ -187,7 +187,7 @@ def load_vllm_teacher(
         llm,
         replace(plain, weight=plain.weight.to(device), bias=bias),
         token_mask=reference.token_mask,
-        identity=reference.identity | {"engine": "vllm"},
+        identity=_identity(reference.identity, options),
         slice_positions=slice_positions,
     )
     _require_same_states(teacher, reference, window_length)
@@ -216,13 +216,35 @@ def require_vllm(used: Mapping[str, bool]) -> None:
         )
 
 
+def _identity(reference: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a teacher in vLLM, which may quantise the weights when it loads them.
+
+    Args:
+        reference: identity of the same teacher in transformers.
+        options: options of vLLM's `LLM`.
+    """
+    quantization = options.get("quantization")
+    quantised = {} if quantization is None else {"quantization": str(quantization)}
+    return reference | {"engine": "vllm"} | quantised
+
+
 def _start(
     name: str, *, dtype: str, window_length: int, trust_remote_code: bool, options: dict[str, Any]
 ) -> Any:
-    """Start vLLM with the pooling runner. Raises TeacherError if vLLM cannot run the model."""
-    from vllm import LLM
-    from vllm.config import PoolerConfig
+    """Start vLLM with the pooling runner.
 
+    Raises:
+        MissingDependencyError: vLLM is installed, but it cannot be imported.
+        TeacherError: vLLM cannot run the model.
+    """
+    try:
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+    except Exception as error:  # kernels for another torch raise errors of several types
+        raise MissingDependencyError(
+            f"vLLM is installed, but it cannot be imported: {error}. Install it with the torch "
+            "that it pins, in a separate environment (docs/teachers.md)"
+        ) from error
     try:
         return LLM(
             name,

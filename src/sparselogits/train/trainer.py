@@ -623,7 +623,13 @@ def _require_cache(dataset: Any) -> None:
 
 
 def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
-    """Check that the missing-mass rule is defined for targets mixed from several teachers."""
+    """Check that the missing-mass rule is defined for mixed targets and for those of classes."""
+    if rule == "ghost" and getattr(dataset, "draft", None) is not None:
+        raise InvalidArgumentError(
+            "missing_mass='ghost' is not defined for a draft vocabulary, because the ghost token "
+            "stands for missing ids, and the class of the rest has stored and missing ones. Choose "
+            "drop, smooth or ground_truth"
+        )
     if rule == "ghost" and dataset.teachers_per_window > 1:
         raise InvalidArgumentError(
             "missing_mass='ghost' is not defined for a mixture of truncated targets, because an id "
