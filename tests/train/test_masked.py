@@ -282,6 +282,29 @@ def test_a_batch_without_a_label_has_a_loss_of_zero_and_gradients(dataset):
     assert float(loss) == 0.0
 
 
+def test_the_evaluation_loss_does_not_depend_on_the_batch_size(tmp_path):
+    """Windows differ in their numbers of labels, and the last batch is smaller."""
+    dataset = make_cache(tmp_path / "c", rate=None)
+    student = tiny_bert()
+    loss, count = 0.0, 0
+    for item in map(dataset.__getitem__, range(WINDOWS)):
+        kept = item["shift_labels"] != -100
+        with torch.no_grad():
+            log_s = student.eval()(input_ids=item["input_ids"][None]).logits[0].log_softmax(-1)
+        loss -= float(log_s[kept].gather(1, item["shift_labels"][kept][:, None]).sum())
+        count += int(kept.sum())
+    for size in (1, 5, WINDOWS):
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), per_device_eval_batch_size=size, report_to="none", use_cpu=True
+        )
+        trainer = SparseKDTrainer(student, arguments, train_dataset=dataset, eval_dataset=dataset)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss / count, rel=1e-5)
+    # the loss of a batch, from which several ranks compute theirs, is not divided by all tokens
+    (batch,) = trainer.get_eval_dataloader()
+    own, *_ = trainer.prediction_step(student, batch, prediction_loss_only=True)
+    assert float(own) == pytest.approx(loss / count, rel=1e-5)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_windows_of_random_rates_weigh_as_masked_diffusion(padded, tmp_path):
     """The mean over windows of (1 / rate) times the summed loss, per token that is no padding."""

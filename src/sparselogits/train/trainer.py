@@ -106,6 +106,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     _student: nn.Module
     _wiring: Wiring
+    _evaluates = False  # whether an evaluation's batch is computed
 
     def __init__(
         self,
@@ -319,9 +320,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             return super().get_batch_samples(epoch_iterator, *others)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the labels by which a step's loss is divided; tokens in masked diffusion."""
+        """Count the labels by which a loss is divided; in a step of masked diffusion, tokens."""
         # there, a window has the loss weight 1 / rate, and padding does not count
-        if batch_samples and "loss_weight" in batch_samples[0]:
+        if batch_samples and "loss_weight" in batch_samples[0] and not self._evaluates:
             ids = [
                 batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
                 if "attention_mask" in batch
@@ -357,11 +358,11 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> Any:
         """Evaluate a batch; the logits are computed only if `prediction_loss_only` is False."""
-        self.objective.with_logits = not prediction_loss_only
+        self.objective.with_logits, self._evaluates = not prediction_loss_only, True
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *others, **options)
         finally:
-            self.objective.with_logits = False
+            self.objective.with_logits = self._evaluates = False
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
@@ -480,6 +481,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         found = self.objective.evaluation.take(self._sum_over_ranks)
         prefix = options.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{k}": found[k] for k in ("kd", "kl") if k in found})
+        # the Trainer's mean over windows depends on the batch size if their numbers of labels
+        # differ; several ranks may read a window twice, which its gathering leaves out
+        if "ce" in found and self.args.world_size == 1:
+            output.metrics[f"{prefix}_loss"] = found["ce"]
         return output
 
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
