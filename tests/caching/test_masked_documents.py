@@ -9,6 +9,8 @@ import torch
 
 from sparselogits import CacheDataset
 from sparselogits.caching import CacheRequest, build_caches, text_of_windows
+from sparselogits.caching.pilot import check_teacher_on_text, pilot_windows
+from sparselogits.caching.teacher_input import TeacherInput
 from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.corruption import Corruption
 from sparselogits.data import TextDataset, collate
@@ -223,6 +225,24 @@ def test_a_causal_teacher_needs_no_mask(build, corpus, tokenizer, tmp_path):
     (name, *_) = export(made, tmp_path / "out", "axolotl")
     row = pq.read_table(name).slice(window.index, 1).to_pylist()[0]
     assert row["attention_mask"] == [1] * n + [0] * (LENGTH - n)
+
+
+def test_a_causal_teacher_that_never_predicts_padding_is_not_refused(packed):
+    """Only labels within the text count in the check of the teacher's loss."""
+    llama = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=False)
+    corpus = packed("checked")
+    window = next(w for w in pilot_windows(corpus) if w.text_length < LENGTH)
+    given = TeacherInput.of(window, None)
+    n = window.text_length
+    assert given.labels[: n - 1].tolist() == window.tokens[1:n].tolist()
+    assert (given.labels[n - 1 :] == -100).all()
+    engine = TransformersTeacher(llama, identity={"weights": "l"})
+    with torch.no_grad():
+        tokens = torch.from_numpy(window.tokens[:n].astype(np.int64))[None]
+        found = llama(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+    expected = -found.gather(1, tokens[0, 1:, None]).mean()
+    loss = check_teacher_on_text(engine, [window], reset_attention=False, corruption=None)
+    assert loss == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["joined", "documents"])

@@ -23,7 +23,13 @@ from sparselogits.caching import CacheRequest, build_caches, retokenize
 from sparselogits.caching.pushforward import Retokenizer
 from sparselogits.caching.text import text_of_windows, windows_of_texts
 from sparselogits.cli import main
-from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
+from sparselogits.corpus import (
+    PackedCorpus,
+    open_source,
+    pack,
+    packing_for,
+    tokenizer_fingerprint,
+)
 from sparselogits.corpus.token_bytes import TokenBytes
 from sparselogits.errors import (
     CacheError,
@@ -33,7 +39,7 @@ from sparselogits.errors import (
 )
 from sparselogits.samplers import Systematic, Threshold, TopK
 from sparselogits.store import Cache, verify
-from sparselogits.teacher import load_teacher
+from sparselogits.teacher import TransformersTeacher, load_teacher
 from tests.conftest import make_tokenizer, tiny_llama
 from tests.corpus.test_token_bytes import (
     HARD,
@@ -168,6 +174,34 @@ def test_a_student_trains_and_is_measured(made: Path, tmp_path: Path) -> None:
     dataset = CacheDataset(made)
     trainer = SparseKDTrainer(model=model, args=arguments, train_dataset=dataset, rounds=6)
     assert trainer.train().training_loss > 0
+
+
+def test_padding_of_windows_of_documents_is_no_text(tmp_path: Path) -> None:
+    texts = [f"the statement number {n} " + "of the loop " * (n % 3) for n in range(40)]
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": own}) + "\n" for own in texts))
+    own = teachers_tokenizer()
+    own.add_special_tokens({"pad_token": "<pad>"})  # which the student does not have
+    packing = packing_for(own, window_length=64, kind="documents", holdout=0.2)
+    corpus = pack(open_source(str(data)), own, packing, tmp_path / "c/corpus", vocab_size=len(own))
+    assert packing.padding_id == own.pad_token_id
+    engine = TransformersTeacher(tiny_llama(vocab_size=len(own)), identity={"weights": "l"})
+    request = CacheRequest(tmp_path / "c", Systematic(9))
+    build_caches(engine, corpus, [request], tokenizer_hash=tokenizer_fingerprint(own))
+    report = retokenize(tmp_path / "c", student(), tmp_path / "s", cache_tokenizer=own)
+    made = Cache.open(tmp_path / "s")
+    assert verify(made, text_of=text_of_windows(tmp_path / "s")).ok
+    ours, end = token_bytes_of(student()), made.identity.packing["separator_id"]
+    for i in range(len(made)):
+        record = made.read(i)
+        count = int(np.flatnonzero(record.mask)[-1]) + 2
+        spelled_out = b"".join(ours.bytes_of[t] for t in record.tokens[:count].tolist() if t != end)
+        assert spelled_out.decode().strip() in {text.strip() for text in texts}
+        assert (record.tokens[count:] == end).all()
+    assert report.cut_tokens == 0
+    assert report.padding > 0
+    held = PackedCorpus.open(tmp_path / "s/corpus")
+    assert held.holdout_windows == corpus.holdout_windows
 
 
 def test_it_resumes_and_writes_the_same_bytes(cache: Path, made: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from sparselogits.corpus import (
 from sparselogits.corpus.packed import CorpusSummary, Paths, text_fingerprint
 from sparselogits.corpus.streams import part_name, writing_parquet, writing_part
 from sparselogits.corpus.token_bytes import TokenBytes
+from sparselogits.corpus.windows import text_length
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import write_whole
 from sparselogits.identity import Identity, canonical_json
@@ -322,7 +323,7 @@ def _window_length(cache: Cache, convert: Retokenizer) -> int:
     """Return the default number of the student's tokens per window."""
     lengths = []
     for i in spread(len(cache), _PILOT_WINDOWS):
-        record = cache.read(i)
+        record = _without_padding(cache.read(i), cache.identity)
         own = convert.align(record.tokens.tolist(), record.document_starts.tolist(), record.mask)
         lengths.append(len(own.tokens))
     longest = min(max(lengths), _MOST_PADDING * float(np.mean(lengths)))
@@ -358,6 +359,21 @@ class _Tally:
             left_out_bytes=known.left_out_bytes + aligned.left_out,
             text_bytes=known.text_bytes + aligned.text_bytes,
         )
+
+
+def _without_padding(record: WindowRecord, identity: Identity) -> WindowRecord:
+    """Return a record of the cache whose window ends before its padding, which is no text."""
+    starts, kind = record.document_starts, identity.packing.get("kind")
+    end = text_length(kind, starts, len(record.tokens))
+    if end is None:
+        return record
+    return replace(
+        record,
+        tokens=record.tokens[:end],
+        document_starts=starts[starts < end],
+        mask=None if record.mask is None else record.mask[:end],
+        targets=record.targets[:end],
+    )
 
 
 def _padded(
@@ -456,7 +472,7 @@ def _write_shards(
         existing = target.holds((start, stop))
         records, windows = [], []
         for place in range(done, done + stop - start):
-            old = source.read(place)
+            old = _without_padding(source.read(place), source.identity)
             aligned = convert.align(old.tokens.tolist(), old.document_starts.tolist(), old.mask)
             tally.add(aligned)
             if not existing:
@@ -531,8 +547,10 @@ def _windows(
     read = corpus.read_holdout if held_out else corpus.read
     for index in range(corpus.holdout_windows if held_out else corpus.windows):
         window = read(index, index + 1)[0]
-        starts = window.document_starts.tolist()
-        aligned = convert.align(window.tokens.tolist(), starts, window.mask)
+        end = len(window.tokens) if window.text_length is None else window.text_length
+        starts = window.document_starts[window.document_starts < end].tolist()
+        mask = None if window.mask is None else window.mask[:end]
+        aligned = convert.align(window.tokens[:end].tolist(), starts, mask)
         yield _padded(convert, aligned, packing, index, carried=not held_out)
 
 

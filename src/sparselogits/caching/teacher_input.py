@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparselogits.corpus import Window
 from sparselogits.corruption import Corrupted, Corruption
-from sparselogits.objectives import CAUSAL
+from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,8 @@ class TeacherInput:
         if corruption is None:
             carries = np.ones(len(window.tokens), np.bool_) if window.mask is None else window.mask
             inputs, labels, corrupted = window.tokens, CAUSAL.labels(window.tokens), None
+            if window.text_length is not None:  # the padding after the text is not predicted
+                labels[window.text_length - 1 :] = IGNORE_INDEX
         else:
             corrupted = corruption(window.tokens, window.index, learnt=window.learnt)
             inputs, carries = corrupted.inputs, corrupted.chosen
