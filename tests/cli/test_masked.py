@@ -78,7 +78,9 @@ def test_documents_are_cached_in_windows_of_their_own(
     assert opened.identity.packing["kind"] == "documents"
     assert opened.read(0).document_starts[0] == 0
     run("verify", cache)
-    assert "one document per window" in run("info", cache)
+    told = run("info", cache)
+    assert "one document per window" in told
+    assert "padding counts as tokens" in told
     run("eval", bert, "--cache", cache, "--data", short, "--device", "cpu", "--limit", 4)
 
 

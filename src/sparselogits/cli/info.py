@@ -85,8 +85,9 @@ def print_info(
         return
     identity = opened.identity
     windows = f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens"
+    padded = ""
     if identity.packing.get("kind") == "documents":
-        windows += ", one document per window"
+        windows, padded = f"{windows}, one document per window", "; padding counts as tokens"
     console = results()
     for name, value in (
         ("cache", str(root)),
@@ -94,11 +95,11 @@ def print_info(
         ("sampler", identity.sampler_in_words()),
         *([("objective", identity.predicts.in_words())] if identity.objective else []),
         ("windows", windows),
-        ("tokens", f"{facts.tokens:,}"),
+        ("tokens", f"{facts.tokens:,}{padded}"),
         ("entries", f"{facts.entries:,}, {facts.entries_per_position:.2f} per token"),
         ("size", f"{facts.bytes_on_disk:,} bytes in {counted(facts.shards, 'shard')}"),
         ("bits per entry", f"{facts.bits_per_entry:.2f}"),
-        ("bytes per token", f"{facts.bytes_per_token:.2f}, the text's own tokens included"),
+        ("bytes per token", f"{facts.bytes_per_token:.2f}, the text's own tokens included{padded}"),
         ("teacher's loss", f"{facts.mean_teacher_loss:.3f} nats"),
         ("teacher's entropy", f"{facts.mean_teacher_entropy:.3f} nats"),
         ("identity", identity.fingerprint),

@@ -218,6 +218,10 @@ def test_another_masking_is_another_cache_and_is_refused(
             {"students": {NEW: {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}}},
             "num_key_value_heads is 1, but the configuration of the teacher's class",
         ),
+        (
+            {"students": {NEW: {"from": "teacher", "layers": 2, "layer_score": "loss"}}},
+            f"students.{NEW}: layer_score is loss",
+        ),
     ],
 )
 def test_what_a_masked_teacher_does_not_have_is_refused(

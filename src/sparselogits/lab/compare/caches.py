@@ -30,7 +30,13 @@ from sparselogits.corruption import Corruption, TokenKinds, objective_as_given
 from sparselogits.data import TextDataset
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, SparseLogitsError
 from sparselogits.lab.compare.finished import FinishedWork, fingerprint
-from sparselogits.lab.compare.recipe import LABELS_ONLY, CompareRecipe, MethodSpec, slug
+from sparselogits.lab.compare.recipe import (
+    LABELS_ONLY,
+    CompareRecipe,
+    FromTeacher,
+    MethodSpec,
+    slug,
+)
 from sparselogits.lab.compare.students import make_students
 from sparselogits.samplers import Sampler, from_parameters
 from sparselogits.teacher import TransformersTeacher, load_teacher
@@ -240,6 +246,14 @@ def _require_for_teacher(recipe: CompareRecipe, *, masked: bool) -> None:
             f"{' and '.join(given)}: measured for causal language models only, and the teacher "
             f"{recipe.teacher} is a masked one; leave the keys out, or name another teacher"
         )
+    for name, student in recipe.students.items():
+        if not masked or not isinstance(student, FromTeacher) or student.layers is None:
+            continue
+        if student.layer_score == "loss":
+            raise InvalidArgumentError(
+                f"students.{name}: layer_score is loss, which is the loss of next tokens, and the "
+                f"teacher {recipe.teacher} is a masked language model; choose influence or spaced"
+            )
 
 
 def _fit_samplers(
