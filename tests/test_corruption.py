@@ -214,7 +214,7 @@ def test_special_tokens_and_rows_without_a_token_are_special():
 def test_words_need_a_tokenizer_that_marks_them():
     kinds = TokenKinds.of(tokenizer("unmarked"), len(tokenizer("unmarked")))
     with pytest.raises(InvalidArgumentError, match="choose tokens or spans"):
-        Corruption(Masked(MASK, units="words"), kinds)(np.zeros(4, np.int32), 0)
+        Corruption(Masked(3, units="words"), kinds)(np.zeros(4, np.int32), 0)
 
 
 @pytest.mark.parametrize(
@@ -233,3 +233,9 @@ def test_words_need_a_tokenizer_that_marks_them():
 def test_values_out_of_range_are_refused_by_name(settings, named):
     with pytest.raises(InvalidArgumentError, match=named):
         Masked(**{"mask_id": MASK} | settings)
+
+
+def test_a_mask_token_outside_the_vocabulary_is_refused():
+    """As of a tokenizer to which the token was added without a row in the model."""
+    with pytest.raises(InvalidArgumentError, match=f"id {V}, .* {V} ids"):
+        Corruption(Masked(V), KINDS)

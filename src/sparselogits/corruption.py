@@ -141,6 +141,9 @@ class Corruption:
         objective: rate, shares, units and seed of the corruption.
         kinds: properties of the vocabulary's tokens.
 
+    Raises:
+        InvalidArgumentError: the mask token is not in the vocabulary.
+
     Examples:
         >>> ordinary = np.zeros(9, np.int8)
         >>> kinds = TokenKinds(np.arange(9) < 2, None, ordinary, ordinary)
@@ -151,6 +154,15 @@ class Corruption:
 
     objective: Masked
     kinds: TokenKinds
+
+    def __post_init__(self) -> None:
+        mask_id, vocab_size = self.objective.mask_id, len(self.kinds.special)
+        if mask_id >= vocab_size:
+            raise InvalidArgumentError(
+                f"the mask token has the id {mask_id}, but the teacher's vocabulary has "
+                f"{vocab_size} ids: the token was added to the tokenizer alone. Use the tokenizer "
+                "that the model was trained with, or resize and train the model's embeddings"
+            )
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any, vocab_size: int, **settings: Any) -> Corruption:

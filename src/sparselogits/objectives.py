@@ -8,6 +8,7 @@ and converts them with `at_positions` and `at_tokens`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -150,11 +151,11 @@ class Masked:
             ),
             (self.units in UNITS, f"units is {self.units!r}; expected one of {', '.join(UNITS)}"),
             (
-                (self.span is not None and self.span >= 1)
+                (self.span is not None and 1 <= self.span < math.inf)
                 if self.units == "spans"
                 else self.span is None,
-                f"span is {self.span}; expected a mean length of at least 1 token for spans, and "
-                "None for tokens and words",
+                f"span is {self.span}; expected a finite mean length of at least 1 token for "
+                "spans, and None for tokens and words",
             ),
             (0 <= self.seed < 2**64, f"seed is {self.seed}; expected a number in [0, 2**64)"),
         ):

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparselogits.cli import app
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 from sparselogits.store import Cache
 from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert, write_short_texts
 
@@ -82,6 +82,17 @@ def test_documents_are_cached_in_windows_of_their_own(
     assert "one document per window" in told
     assert "padding counts as tokens" in told
     run("eval", bert, "--cache", cache, "--data", short, "--device", "cpu", "--limit", 4)
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"text": "of the loop " * 60}) + "\n")
+    for packing in ("joined", "documents"):  # the packing of appended text must be the same
+        words = ["cache", "--teacher", bert, "--data", more, "--out", cache, "--append"]
+        words += ["--device", "cpu", "--window", 48, "--rounds", 4, "--packing", packing]
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        if packing == "joined":
+            assert isinstance(done.exception, IdentityMismatchError)
+            assert "packing.kind: None in this build, 'documents' in the" in str(done.exception)
+    assert done.exit_code == 0
+    assert len(Cache.open(cache)) > len(opened)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +102,7 @@ def test_documents_are_cached_in_windows_of_their_own(
         (["--mask-rate", "often"], "--mask-rate is 'often'"),
         (["--mask-rate", "1.5"], "rate is 1.5"),
         (["--mask-span", "2"], "span is 2.0"),
+        (["--mask-units", "spans", "--mask-span", "inf"], "span is inf"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_work_starts(
