@@ -11,6 +11,7 @@ many values as there are rounds. No test is statistical.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, product
 
@@ -135,3 +136,17 @@ def test_mapped_targets_are_valid_counts(seed: int, followed: int, elsewhere: bo
         labels = torch.from_numpy(np.append(aligned.tokens[1:], -1))
         for place in exact.nonzero().flatten().tolist():
             assert made[place].ids.tolist() == [labels[place]]
+
+
+def test_ids_that_are_no_tokens_count_for_the_text() -> None:
+    """A head may have more columns than the tokenizer has tokens; imported lists contain them."""
+    convert = replace(retokenizer(2), width=len(TEACHER) + 3)
+    text = [3, 0, 4, 1, 2, 0]
+    aligned = convert.align(text, [])
+    ids = torch.tensor([[t, convert.width - 1] for t in [*text[1:], 0]]).flatten()
+    drawn = torch.ones(len(ids), dtype=torch.int32)
+    offsets = torch.arange(0, len(ids) + 1, 2)
+    own = SparseTargets(ids, drawn / 2, offsets, convert.width, counts=drawn, rounds=2)
+    made = convert.targets(aligned, text, own, convert.uniforms(aligned, 0, 0))
+    carried = torch.from_numpy(convert.carries(aligned))
+    assert made.mass().tolist() == carried.float().tolist()

@@ -21,6 +21,7 @@ import sparselogits
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.caching import CacheRequest, build_caches, retokenize
 from sparselogits.caching.pushforward import Retokenizer
+from sparselogits.caching.retokenized import conversion
 from sparselogits.caching.text import text_of_windows, windows_of_texts
 from sparselogits.cli import main
 from sparselogits.corpus import (
@@ -40,6 +41,7 @@ from sparselogits.errors import (
 from sparselogits.samplers import Systematic, Threshold, TopK
 from sparselogits.store import Cache, verify
 from sparselogits.teacher import TransformersTeacher, load_teacher
+from sparselogits.train.run import require_same_teacher
 from tests.conftest import make_tokenizer, tiny_llama
 from tests.corpus.test_token_bytes import (
     HARD,
@@ -178,6 +180,7 @@ def test_a_student_trains_and_is_measured(made: Path, tmp_path: Path) -> None:
 
 def test_padding_of_windows_of_documents_is_no_text(tmp_path: Path) -> None:
     texts = [f"the statement number {n} " + "of the loop " * (n % 3) for n in range(40)]
+    texts += ["one text is much longer than the others " * 2] * 3  # not cut by default
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": own}) + "\n" for own in texts))
     own = teachers_tokenizer()
@@ -244,6 +247,38 @@ def test_other_samplers_are_mapped(
     expected = float(old[old > 0].mean())
     low = expected**3 if isinstance(sampler, TopK) else expected - 0.1
     assert low < float(masses[masses > 0].mean()) < expected + 0.1
+
+
+def test_a_full_window_changes_neither_the_loss_nor_the_length_when_continued(
+    cache: Path, made: Path, tmp_path: Path
+) -> None:
+    """`teacher_loss` is per token of the text, however many of them fit."""
+    cut = retokenize(cache, student(), tmp_path / "cut", window=16)
+    assert cut.cut_tokens > 0
+    whole, short = Cache.open(made), Cache.open(tmp_path / "cut")
+    for i in range(0, len(whole), 5):
+        assert short.read(i).teacher_loss == whole.read(i).teacher_loss
+    assert retokenize(cache, student(), tmp_path / "cut") == cut
+    for wrong in (0, 1, -3):
+        with pytest.raises(InvalidArgumentError, match="window_length"):
+            retokenize(cache, student(), tmp_path / "none", window=wrong)
+
+
+def test_the_teacher_is_not_run_on_tokens_of_the_student(made: Path, teacher_folder: Path) -> None:
+    teacher = load_teacher(str(teacher_folder), tokenizer=teachers_tokenizer())
+    with pytest.raises(IdentityMismatchError, match="was retokenized"):
+        require_same_teacher(teacher, Cache.open(made).identity)
+
+
+def test_a_token_with_several_roles_has_one_counterpart(cache: Path) -> None:
+    """A token that ends a sequence and pads is the end for the student, in every process."""
+    theirs, ours = make_tokenizer(), byte_level(300)
+    others = ("pad_token", "sep_token", "cls_token", "mask_token")
+    theirs.add_special_tokens(dict.fromkeys(("eos_token", *others), "<|im_end|>"))
+    ours.add_special_tokens({name: f"<{name}>" for name in others})
+    old = Cache.open(cache).identity
+    convert, _ = conversion(old, theirs, ours)
+    assert convert.special[theirs.eos_token_id] == ours.eos_token_id
 
 
 # -- text ------------------------------------------------------------------------------------------

@@ -375,7 +375,8 @@ class Retokenizer:
             if prefix:  # the text ends before the special token
                 return self.student.first_of(prefix, begins)
             return -1 if image is None else image
-        own = image if isinstance(image, bytes) else self.teacher.bytes_of[token]
+        unused = token >= self.teacher.size  # a row of the head that pads the vocabulary
+        own = image if isinstance(image, bytes) else b"" if unused else self.teacher.bytes_of[token]
         apart = own[:1].isspace() and not prefix[-1:].isspace() and bool(prefix)
         if apart and not self.student.crosses_spaces:
             return self.student.first_of(prefix, begins)

@@ -30,7 +30,7 @@ from sparselogits.corpus import (
 )
 from sparselogits.corpus.packed import CorpusSummary, Paths, text_fingerprint
 from sparselogits.corpus.streams import part_name, writing_parquet, writing_part
-from sparselogits.corpus.token_bytes import TokenBytes
+from sparselogits.corpus.token_bytes import ROLES, TokenBytes
 from sparselogits.corpus.windows import text_length
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import write_whole
@@ -108,7 +108,8 @@ def retokenize(
         out: folder or URL of the new cache.
         cache_tokenizer: tokenizer of the cache, or its name; None for the one in its folder.
         window: number of the student's tokens per window. Longer windows are cut, shorter ones
-            padded. None for the longest of 256 windows, or 1.25 times their mean if that is less.
+            padded. None for the length in `out` if it is continued, otherwise the longest of 256
+            windows; 1.25 times their mean if that is less and windows join documents.
         special: special tokens of the student by those of the teacher, in addition to tokens of
             equal text or role. An empty string spells the token as text.
         followed: largest number of tokens of the text by which rounds that drew the text are
@@ -151,6 +152,8 @@ def retokenize(
         )
     if not Cache.exists(out):
         require_room(out)
+    elif window is None:  # the default depends on the windows built so far
+        window = Cache.open(out).identity.window_length
     theirs, ours = _loaded(cache, cache_tokenizer), _named(tokenizer)
     require_tokenizer(
         theirs, old.tokenizer, source.recorded_tokenizer(), whose="the cache tokenizer"
@@ -159,7 +162,7 @@ def retokenize(
         old, theirs, ours, special=special, followed=followed, elsewhere=elsewhere
     )
     teacher, student, images = convert.teacher, convert.student, convert.special
-    length = window or _window_length(source, convert)
+    length = _window_length(source, convert) if window is None else window
     packing = replace(packing, window_length=length)
     hashed = tokenizer_fingerprint(ours)
     made_from = {
@@ -254,7 +257,9 @@ def _packing(
     theirs, bos = old.packing.get("bos_id"), student.bos_id
     ids = {name: i for i, name in student.special.items()}
     images: dict[int, int | bytes] = {
-        teacher.roles[role]: student.roles[role] for role in teacher.roles.keys() & student.roles
+        teacher.roles[role]: student.roles[role]
+        for role in reversed(ROLES)  # the first role of a token takes precedence
+        if role in teacher.roles and role in student.roles
     }
     images |= {i: ids[name] for i, name in teacher.special.items() if name in ids}
     named = {name: i for i, name in teacher.special.items()}
@@ -326,7 +331,9 @@ def _window_length(cache: Cache, convert: Retokenizer) -> int:
         record = _without_padding(cache.read(i), cache.identity)
         own = convert.align(record.tokens.tolist(), record.document_starts.tolist(), record.mask)
         lengths.append(len(own.tokens))
-    longest = min(max(lengths), _MOST_PADDING * float(np.mean(lengths)))
+    longest = float(max(lengths))
+    if cache.identity.packing.get("kind") != "documents":  # whose lengths vary, as those of texts
+        longest = min(longest, _MOST_PADDING * float(np.mean(lengths)))
     return max(2, -(-int(np.ceil(longest)) // _MULTIPLE) * _MULTIPLE)
 
 
@@ -430,7 +437,8 @@ def _record(
         starts = own.document_starts if reset else None
         return int((CAUSAL.labels(own.tokens, own.mask, starts) != IGNORE_INDEX).sum())
 
-    whole = _padded(convert, aligned, packing, old.window_index, carried=False)
+    uncut = replace(packing, window_length=max(packing.window_length, len(aligned.tokens)))
+    whole = _padded(convert, aligned, uncut, old.window_index, carried=False)
     return WindowRecord(
         window_index=old.window_index,
         tokens=window.tokens,

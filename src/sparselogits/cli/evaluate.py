@@ -236,7 +236,9 @@ def evaluate_command(
         )
     if scores:
         results().print(_task_table(scores))
-    if engine is None:
+    if engine is None and any("retokenized" in own.identity.teacher for own in opened):
+        print_next("view", caches[0], "--student", student)
+    elif engine is None:
         texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
         texts = texts or [("--data", data)]
         words = chain(*((*text, "--teacher", "MODEL") for text in texts))

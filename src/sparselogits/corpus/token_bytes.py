@@ -24,8 +24,11 @@ from sparselogits.errors import InvalidArgumentError
 SPACE_MARK = "\u2581"
 """Character by which SentencePiece tokenizers write a space."""
 
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""Roles of special tokens, as in the attributes `bos_token_id`, ... of a transformers tokenizer."""
+ROLES = ("eos", "bos", "unk", "sep", "pad", "cls", "mask")
+"""Roles of special tokens, as in the attributes `eos_token_id`, ... of a transformers tokenizer.
+
+A token with several roles is mapped to another tokenizer by the first of them.
+"""
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _KEPT_NORMALISERS = {"NFC", "Prepend", "ByteLevel"}

@@ -562,7 +562,16 @@ def _last_checkpoint(out: Path) -> str | None:
 
 
 def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> None:
-    """Raise `IdentityMismatchError` if a cache was built with a teacher that has other weights."""
+    """Validate that a teacher is the one of a cache and reads the tokens of the cache.
+
+    Raises:
+        IdentityMismatchError: the teacher has other weights, or the cache was retokenized.
+    """
+    if "retokenized" in identity.teacher:
+        raise IdentityMismatchError(
+            "the cache was retokenized: its tokens are those of a student, and the teacher reads "
+            "others. Leave the teacher out, or use the cache from which this one was made"
+        )
     mine, theirs = teacher.identity["weights"], identity.teacher.get("weights")
     if mine != theirs:
         error = IdentityMismatchError(
