@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.language_model import embedding_rows, in_eval_mode, text_config
+from sparselogits.language_model import (
+    embedding_rows,
+    in_eval_mode,
+    predicts_masked,
+    text_config,
+)
 
 Forward = Callable[..., Tensor]
 """Forward pass from `input_ids` int64 [B, L] and further keyword inputs to states or logits
@@ -74,7 +79,8 @@ class Documents:
         rotary, chunk = _rotary_limit(config), getattr(config, "attention_chunk_size", None)
         limits = [limit for limit in (rotary, chunk) if limit is not None]
         with in_eval_mode(model):
-            way, masks = _probe_way(run, _probe_tokens(model), equal=rotary is not None)
+            tokens, sees_padding = _probe_tokens(model), predicts_masked(model)
+            way, masks = _probe_way(run, tokens, equal=rotary is not None, masked=sees_padding)
         return cls(type(model).__name__, way, min(limits, default=None), rotary, masks)
 
     def run(
@@ -215,11 +221,12 @@ def _probe_tokens(model: nn.Module) -> Tensor:
 
 
 def _probe_way(
-    run: Forward, tokens: Tensor, *, equal: bool
+    run: Forward, tokens: Tensor, *, equal: bool, masked: bool
 ) -> tuple[Literal["packed", "apart", "none"], bool]:
     """Return the fastest `way` that reproduces the states of documents that are run alone.
 
-    The second value is `Documents.masks_padding`.
+    The second value is `Documents.masks_padding`, which is always true of a `masked` language
+    model: the effect of a little padding may be smaller than the bounds on rounding.
     """
     starts = [np.array(positions, np.int32) for positions in _PROBE_STARTS]
     positions = restarting_positions(_PROBE_LENGTH, starts).to(tokens.device)
@@ -228,14 +235,14 @@ def _probe_way(
     except _FAILURES:
         return "none", False
     if alone.is_meta or not bool(alone.isfinite().all()):
-        return "apart", False  # damaged weights and overflow are reported when the model runs
+        return "apart", masked  # damaged weights and overflow are reported when the model runs
     try:
         if _packed_equals(alone, run, tokens, positions):
             return "packed", False
     except _FAILURES:
         pass
     bound = _APART.get(alone.dtype, _APART_HALF)
-    for masks in (False, True):
+    for masks in (True,) if masked else (False, True):
         mask = {"attention_mask": torch.ones_like(tokens)} if masks else {}
         try:
             apart = _run_apart(run, tokens, positions, equal=equal, one_call=False, **mask)

@@ -104,6 +104,20 @@ def test_encoders_read_no_other_document_and_no_padding(name):
         torch.testing.assert_close(found.detach(), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("spread", "dtype"), [(0.02, torch.float32), (0.3, torch.bfloat16)])
+@pytest.mark.parametrize("name", MODELS)
+def test_encoders_mask_padding_whose_effect_is_as_small_as_rounding(name, spread, dtype):
+    model = MODELS[name](initializer_range=spread).eval()
+    teacher = made_teacher(model.to(dtype))
+    assert teacher.documents.way == "packed" or teacher.documents.masks_padding
+    if dtype == torch.float32:
+        tokens = random_tokens() % 90 + 2
+        expected = alone(model, tokens, STARTS)
+        torch.testing.assert_close(
+            gathered(teacher, tokens, STARTS), expected, rtol=1e-5, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("architecture", ["bloom", "mamba2"])
 def test_a_leak_is_found_in_half_precision(architecture):
     teacher = made_teacher(tiny_model(architecture).to(torch.bfloat16))
