@@ -21,11 +21,12 @@ import sparselogits
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.caching import CacheRequest, build_caches, retokenize
 from sparselogits.caching.pushforward import Retokenizer
-from sparselogits.caching.retokenized import conversion
+from sparselogits.caching.retokenized import _record, conversion
 from sparselogits.caching.text import text_of_windows, windows_of_texts
 from sparselogits.cli import main
 from sparselogits.corpus import (
     PackedCorpus,
+    Packing,
     open_source,
     pack,
     packing_for,
@@ -39,7 +40,8 @@ from sparselogits.errors import (
     SparseLogitsError,
 )
 from sparselogits.samplers import Systematic, Threshold, TopK
-from sparselogits.store import Cache, verify
+from sparselogits.store import Cache, WindowRecord, verify
+from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.train.run import require_same_teacher
 from tests.conftest import make_tokenizer, tiny_llama
@@ -49,6 +51,7 @@ from tests.corpus.test_token_bytes import (
     sentencepiece_bpe,
     smollm2,
     trained,
+    unigram,
     word_piece,
 )
 
@@ -345,6 +348,26 @@ def test_bytes_that_are_no_text_within_a_window_get_no_target() -> None:
     place = made.index(b"\xff")
     assert aligned.source[place - 1] == aligned.source[place] == -1
     assert (aligned.source[place + 3 :] >= 0).any()
+
+
+def test_a_window_without_text_for_the_student_has_no_targets() -> None:
+    """Only padding remains: of tokens that are left out, and of bytes that are no text."""
+    theirs, ours = TokenBytes(byte_level()), TokenBytes(unigram())
+    convert = Retokenizer(theirs, ours, {1: b"", 2: 2})
+    packing = Packing(window_length=8, separator_id=2, bos_id=None)
+    for tokens in ([1, 1, 1], theirs.byte_tokens(b"\xff\xfe\x80")):
+        aligned = convert.align(tokens, [0])
+        assert not len(aligned.tokens)
+        drawn = torch.full((3,), 2, dtype=torch.int32)
+        given = SparseTargets(
+            torch.tensor(tokens), drawn / 2, torch.arange(4), theirs.size, counts=drawn, rounds=2
+        )
+        starts = np.zeros(1, np.int32)
+        old = WindowRecord(5, np.array(tokens, np.int32), starts, None, given, 1.0, 1.0)
+        made = _record(convert, aligned, packing, old, seed=0)
+        made.validate(8, masked=False)
+        assert made.tokens.tolist() == [2] * 8
+        assert not made.present().any()
 
 
 def test_end_of_text_and_chat_marks_are_mapped_by_text_and_role() -> None:

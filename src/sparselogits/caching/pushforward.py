@@ -147,7 +147,7 @@ class Retokenizer:
         if not self.student.crosses_spaces:
             spaced = [self.student.bytes_of[i][:1].isspace() for i in ids.tolist()]
             breaks |= np.array(spaced, np.bool_)
-        kept = self._complete(stops, breaks, bool(stretches[-1].special < 0))
+        kept = self._complete(stops, breaks, bool(stretches) and stretches[-1].special < 0)
         ids, starts, stops = ids[:kept], starts[:kept], stops[:kept]
         opens, begins, usable, breaks = (own[:kept] for own in (opens, begins, usable, breaks))
         count, size = len(ids), len(tokens)
