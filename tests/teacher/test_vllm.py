@@ -144,3 +144,13 @@ def test_the_identity_states_the_quantisation_by_vllm():
     plain = {"name": "a", "engine": "vllm", "quantization": None}
     assert _identity(reference, {"enforce_eager": True}) == plain
     assert _identity(reference, {"quantization": "fp8"}) == plain | {"quantization": "fp8"}
+
+
+def test_a_token_without_an_embedding_does_not_hide_equal_states(tokenizer, tmp_path):
+    """As the padding token of Gemma and Cohere, whose states are zero."""
+    model = tiny_llama()
+    model.get_input_embeddings().weight.data[0] = 0
+    model.save_pretrained(tmp_path)
+    same = load_teacher(str(tmp_path), tokenizer=tokenizer)
+    assert not same.hidden(torch.tensor([[0]])).any()
+    _require_same_states(same, same, LENGTH)
