@@ -158,6 +158,20 @@ def test_the_packing_uses_the_tokens_that_the_tokenizer_adds(bert, tokenizer):
     assert packing_for(tokenizer, window_length=LENGTH, kind="documents").padding_id == 0
 
 
+def test_a_padding_token_without_a_row_in_the_model_is_refused(bert, tmp_path):
+    data = write(["one two three"], tmp_path / "t.jsonl")
+    added = PreTrainedTokenizerFast(tokenizer_object=bert.backend_tokenizer, sep_token="[SEP]")
+    added.add_special_tokens({"pad_token": "<added>"})
+    packing = packing_for(added, window_length=LENGTH, kind="documents")
+    own = added.pad_token_id
+    with pytest.raises(CorpusError, match=f"padding_id={own} .* remove the padding token"):
+        pack(open_source(str(data)), added, packing, tmp_path / "p", vocab_size=own)
+    added.pad_token = None
+    packing = packing_for(added, window_length=LENGTH, kind="documents")
+    corpus = pack(open_source(str(data)), added, packing, tmp_path / "p", vocab_size=own)
+    assert corpus.packing.padding_id == bert.sep_token_id
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

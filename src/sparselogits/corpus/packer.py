@@ -104,9 +104,12 @@ def pack(
     for name in ("separator_id", "bos_id", "padding_id"):
         value = getattr(packing, name)
         if value is not None and value >= vocab_size:
+            advice = "give another id"
+            if name == "padding_id":
+                advice = "remove the padding token from it, so that the separator pads windows"
             raise CorpusError(
                 f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids; use "
-                "the teacher's tokenizer, or give another id"
+                f"the teacher's tokenizer, or {advice}"
             )
     if processes < 1 or part_bytes < 1:
         raise InvalidArgumentError(
