@@ -41,7 +41,7 @@ MISTAKES = {
         "give the student at least as many",
     ),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\n"
-    "per_device_train_batch_size: 9999}": ("less than one batch", "use a smaller batch"),
+    "per_device_train_batch_size: 9999}": ("fewer than one batch", "use a smaller batch"),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: 3m}}\nreport_to: [tensorbord]}": (
         "tensorbord is not supported",
         "only",
@@ -52,7 +52,7 @@ MISTAKES = {
     CACHE + " --sampler threshold --tau 0.1 --budget 5": ("--tau", "not both"),
     CACHE + " --sampler topp --budget 5": ("topp takes", "--p and --max-entries"),
     CACHE + " --sampler gumbel": ("gumbel", "'systematic'"),
-    CACHE + " --windows x": ("--windows is 'x'", "expected a:b"),
+    CACHE + " --windows x": ("--windows is 'x'", "give a:b"),
     CACHE + "000000": ("window", "use more text or a shorter window"),
     CACHE + " --rounds 0": ("rounds is 0", "from 1 to 1,048,576"),
     CACHE + " --sampler topk --k 0": ("k is 0", "of at least 1"),

@@ -408,7 +408,7 @@ class _Sum:
         self.weights: dict[int, float] = {}
 
     def add(self, image: int, count: int, weight: float) -> None:
-        """Add an entry to a student token; a negative image stands for the label."""
+        """Add an entry to the student token `image`, or to the label's if `image` is negative."""
         image = self.label if image < 0 else image
         self.counts[image] = self.counts.get(image, 0) + count
         self.weights[image] = self.weights.get(image, 0.0) + weight

@@ -200,9 +200,9 @@ def conversion(
     followed: int = FOLLOWED,
     elsewhere: Literal["text", "none"] = "text",
 ) -> tuple[Retokenizer, Packing]:
-    """Return the conversion of a cache's windows, and the packing of the new windows.
+    """Return the retokenizer for a cache's windows, and the packing of the new windows.
 
-    The window length of the packing is not yet that of the new windows.
+    `window_length` of the packing is a placeholder, which the caller replaces.
 
     Args:
         old: identity of the cache.

@@ -120,7 +120,7 @@ _running: _Running | None = None
 
 
 class _Running:
-    """Running rendering process, and the template that it was sent last."""
+    """Running rendering process, and the template last sent to it."""
 
     def __init__(self) -> None:
         limits = [str(CPU_SECONDS), str(MEMORY_BYTES), str(IDLE_SECONDS)]

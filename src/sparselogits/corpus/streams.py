@@ -298,8 +298,10 @@ class TokenStream:
             AttributeError,
         ) as error:
             raise damaged(path, error) from error
-        if len(tokens.ids) != min(GROUP_TOKENS, expected - group * GROUP_TOKENS):
-            raise damaged(path, f"row group {group} has {len(tokens.ids)} tokens")
+        wanted = min(GROUP_TOKENS, expected - group * GROUP_TOKENS)
+        if len(tokens.ids) != wanted:
+            found = f"row group {group} has {len(tokens.ids)} tokens, expected {wanted}"
+            raise damaged(path, found)
         return tokens
 
 

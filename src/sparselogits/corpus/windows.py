@@ -109,7 +109,8 @@ class Packing:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, for an identity.
 
-        The fields of other kinds than "joined" are absent for that kind, as in earlier identities.
+        For the kind "joined", `kind` and `padding_id` are omitted, so that the JSON equals that of
+        versions without kinds.
         """
         told = asdict(self)
         if not self.of_documents:

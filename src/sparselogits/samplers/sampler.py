@@ -342,7 +342,7 @@ class Sampler(ABC):
         return pilot.drawn_entries(self)
 
     def of_size(self, size: int) -> Self:
-        """Return a copy with the budget parameter set from a size; entries grow with the size."""
+        """Return a copy whose budget parameter is `size`; a larger size gives more entries."""
         assert self.budget_parameter is not None
         return dataclasses.replace(self, **{self.budget_parameter: size})  # type: ignore[type-var]
 

@@ -2,7 +2,7 @@
 
 `bind` replaces the forward of one model instance by one that runs the trunk and then the fused loss
 on the head's weight. The loss is computed inside the forward that DDP, FSDP2, autocast and
-torch.compile wrap; outside of it, DDP would not synchronise gradients, without an error.
+torch.compile wrap; outside it, DDP would silently skip the synchronisation of gradients.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Objective:
             are tokens.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.
         cosine: weight of the mean of 1 - cosine between the last hidden states of student and
-            online teacher, over all positions that are no padding.
+            online teacher, over all non-padding positions.
         with_logits: whether evaluation returns the student's logits too.
         masked: whether the student is a masked language model. Few of its positions have a label,
             and only these are multiplied by the head.

@@ -217,8 +217,8 @@ def _run(
     if len(dataset) < recipe.per_device_train_batch_size:
         raise RecipeError(
             f"per_device_train_batch_size={recipe.per_device_train_batch_size}, but "
-            f"{_caches_in_words(recipe)} contains {len(dataset)} windows, less than one batch. Use "
-            "a smaller batch, or build more of the cache"
+            f"{_caches_in_words(recipe)} contains {len(dataset)} windows, fewer than one batch. "
+            "Use a smaller batch, or build more of the cache"
         )
     tokenizer = find_tokenizer(recipe, dataset)
     evaluated = None

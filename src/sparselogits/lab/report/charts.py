@@ -312,7 +312,7 @@ def _tooltip(**titles: str) -> list[alt.Tooltip]:
 
 
 def _levels(levels: Sequence[tuple[str, float]]) -> list[alt.Chart]:
-    """Return labelled horizontal lines, with the highest labelled at its left end, above it."""
+    """Return labelled horizontal lines; the highest has its label above its left end."""
     import altair as alt
 
     ordered = sorted(levels, key=lambda level: -level[1])

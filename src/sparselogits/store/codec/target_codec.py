@@ -234,9 +234,9 @@ class TargetCodec:
         for window, block in zip(windows, blocks, strict=True):
             if window.targets.entries > entries_bound(len(block)):
                 raise InvalidTargetsError(
-                    f"{window.targets.entries} entries of a window take {len(block)} bytes, from "
-                    f"which a reader accepts at most {entries_bound(len(block))} entries. Use "
-                    "shorter windows or a smaller budget"
+                    f"{window.targets.entries} entries of a window are encoded in {len(block)} "
+                    f"bytes, but readers accept at most {entries_bound(len(block))} for that size. "
+                    "Use shorter windows or a smaller budget"
                 )
         return {name: column.tables for name, column in columns.items()}, blocks
 

@@ -128,9 +128,10 @@ class CopyFolder:
         return self.path / hashlib.sha256(location.encode()).hexdigest()[:16] / _escaped(key)
 
     def _make_room(self, wanted: int) -> int:
-        """Free `wanted` bytes and an eighth of the limit; return the total size of the other files.
+        """Evict the least recently used files to free `wanted` bytes and an eighth of the limit.
 
-        The least recently used files are evicted.
+        Returns:
+            Total size of the remaining files in bytes.
         """
         files = []
         for path in self.path.glob("*/*"):

@@ -156,7 +156,7 @@ def _verify_shard(
 
 
 def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextOf | None) -> None:
-    """Validate the text in a shard's provenance."""
+    """Validate that a shard was built from a text of the cache, and from `text_of` if given."""
     provenance = shard.description["provenance"]
     try:
         texts.require(windows, provenance)
