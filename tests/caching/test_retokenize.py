@@ -48,6 +48,7 @@ from tests.conftest import make_tokenizer, tiny_llama
 from tests.corpus.test_token_bytes import (
     HARD,
     byte_level,
+    llama,
     sentencepiece_bpe,
     smollm2,
     trained,
@@ -422,6 +423,35 @@ def test_sentencepiece_adds_its_space_at_the_beginning_of_a_document_alone() -> 
     assert aligned.source[end] == len(first)
     inside = convert.align([*first, *first], [])
     assert convert.student.bytes_of[int(inside.tokens[0])][:1] == b"T"
+
+
+@pytest.mark.parametrize("make", [llama, sentencepiece_bpe, unigram])
+def test_the_space_that_the_teachers_tokenizer_adds_is_no_text(make: Any) -> None:
+    theirs = make()
+    own = TokenBytes(theirs)
+    first = theirs.encode("The statement of the loop and the words", add_special_tokens=False)
+    tokens = [*first, 2, *first]
+    drawn = torch.ones(len(tokens), dtype=torch.int32)
+    given = SparseTargets(
+        torch.tensor([*tokens[1:], 2]), drawn.float(), torch.arange(len(tokens) + 1), own.size,
+        counts=drawn, rounds=1,
+    )  # fmt: skip
+    for followed in (0, 4):
+        same = Retokenizer(own, own, {i: i for i in own.special}, followed=followed)
+        aligned = same.align(tokens, [0, len(first) + 1])
+        made = aligned.tokens.tolist()
+        assert made == tokens[: len(made)]
+        assert (aligned.source[:-1] >= 0).all()
+        targets = same.targets(aligned, tokens, given, same.uniforms(aligned, 0, 0))
+        assert targets.ids.tolist() == made[1:]
+        other = Retokenizer(own, TokenBytes(byte_level()), {2: 2}, followed=followed)
+        aligned = other.align(tokens, [0, len(first) + 1])
+        made = aligned.tokens.tolist()
+        assert other.student.bytes_of[made[0]][:1] == b"T"
+        end = made.index(2)
+        assert aligned.source[end] == len(first)
+        targets = other.targets(aligned, tokens, given, other.uniforms(aligned, 0, 0))
+        assert all(other.student.bytes_of[i][:1] == b"T" for i in targets[end].ids.tolist())
 
 
 # -- loss masks ------------------------------------------------------------------------------------

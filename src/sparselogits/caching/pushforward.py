@@ -180,7 +180,7 @@ class Retokenizer:
         """Return stretches of text and special tokens, and the end of each teacher token."""
         found: list[_Stretch] = []
         ends, at, pending, begun = [], 0, bytearray(), 0
-        opens = begins = False
+        opens = begins = spaced = False
 
         def flush() -> None:
             nonlocal opens, begins
@@ -193,6 +193,7 @@ class Retokenizer:
             if place in opening:
                 flush()
                 opens = begins = True
+                spaced = self.teacher.adds_space
                 if self.bos_id is not None:
                     found.append(_Stretch(b"", at, True, False, self.bos_id, inserted=True))
                     opens = False
@@ -213,9 +214,13 @@ class Retokenizer:
                 )
             else:
                 own = self.teacher.bytes_of[token] if image is None else image
+                own = own.removeprefix(b" ") if spaced and image is None else own
                 begun = at if not pending else begun
                 pending += own
                 at += len(own)
+            spaced = token in self.teacher.special and (
+                self.teacher.adds_space_everywhere or (spaced and token == self.teacher.bos_id)
+            )
             ends.append(at)
         flush()
         return found, np.array(ends, np.int64)
@@ -341,15 +346,20 @@ class Retokenizer:
         """
         at, begins, prefix = int(aligned.source[place]), bool(aligned.begins[place]), b""
         entries = draws.at(at)
+        # the space that the teacher's tokenizer adds before a text is no byte of the text
+        spaced = text[at + 1] not in self.teacher.special and int(
+            aligned.ends[at + 1] - aligned.ends[at]
+        ) < len(self.teacher.bytes_of[text[at + 1]])
         for level in range(self.followed + 1):
             true, count, weight = text[at + 1], 0, 0.0
             for entry, token, own_count, own_weight in entries:
                 if token == true:
                     count, weight = own_count, own_weight
-                elif level == 0 and not begins:
+                elif level == 0 and not begins and not spaced:
                     result.add(images[entry], own_count, own_weight)
                 else:
-                    result.add(self._continued(prefix, token, begins), own_count, own_weight)
+                    image = self._continued(prefix, token, begins, spaced=spaced)
+                    result.add(image, own_count, own_weight)
             at += 1
             if weight <= 0:
                 return
@@ -362,13 +372,17 @@ class Retokenizer:
             ):
                 # without following, the text after the drawn token is not used at all
                 alone = self.followed == 0 and true not in self.special
-                image = self._continued(b"", true, begins) if alone else result.label
+                image = result.label
+                if alone:
+                    image = self._continued(b"", true, begins, spaced=spaced)
                 result.add(image, count, weight)
                 return
-            prefix += self.teacher.bytes_of[true]
+            own = self.teacher.bytes_of[true]
+            prefix += own.removeprefix(b" ") if spaced else own
+            spaced = False
             entries = draws.continued(at, count, weight, float(uniforms[level]))
 
-    def _continued(self, prefix: bytes, token: int, begins: bool) -> int:
+    def _continued(self, prefix: bytes, token: int, begins: bool, *, spaced: bool = False) -> int:
         """Return the first student token of some bytes of the text and one drawn token."""
         image = self.special.get(token)
         if token in self.teacher.special and not isinstance(image, bytes):
@@ -377,6 +391,7 @@ class Retokenizer:
             return -1 if image is None else image
         unused = token >= self.teacher.size  # a row of the head that pads the vocabulary
         own = image if isinstance(image, bytes) else b"" if unused else self.teacher.bytes_of[token]
+        own = own.removeprefix(b" ") if spaced and image is None else own
         apart = own[:1].isspace() and not prefix[-1:].isspace() and bool(prefix)
         if apart and not self.student.crosses_spaces:
             return self.student.first_of(prefix, begins)

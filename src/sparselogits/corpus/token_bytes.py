@@ -194,6 +194,11 @@ class TokenBytes:
         """Tokenizer without normaliser and pre-tokenizer, for bytes that are not valid UTF-8."""
         return self._compiled(normalizer=None, pre_tokenizer=None, added_tokens=[])
 
+    @cached_property
+    def adds_space(self) -> bool:
+        """Whether a space is added at the beginning of a document."""
+        return self._beginning is not self._inside
+
     @property
     def adds_space_everywhere(self) -> bool:
         """Whether a space is added after every special token, not only at the beginning."""
