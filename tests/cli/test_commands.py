@@ -109,7 +109,7 @@ def test_eval_scores_tasks(tmp_path, teacher_folder, short):
         assert own["samples"] == len(own["values"]) == 9
     refused = command(*words)
     assert refused.returncode == 2
-    assert "name the teacher's folder with --teacher or --tokenizer" in " ".join(
+    assert "name a model that has one with --teacher or --tokenizer" in " ".join(
         refused.stderr.split()
     )
 

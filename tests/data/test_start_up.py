@@ -98,5 +98,7 @@ def test_the_identity_is_read_where_the_cache_lies(tmp_path):
 def test_an_identity_without_bounds_is_read_in_part(tmp_path):
     with (tmp_path / "cache.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CacheCorruptionError, match=f"more than {LARGEST_CACHE_JSON:,} bytes"):
+    with pytest.raises(
+        CacheCorruptionError, match=f"more than the {LARGEST_CACHE_JSON:,} that are allowed"
+    ):
         Cache.open(tmp_path)
