@@ -1,17 +1,19 @@
 """Measure the bias of retokenized targets, by brute force on vocabularies of a few tokens.
 
-    python experiments/pushforward_bias.py
+    python experiments/pushforward_bias.py --out experiments/results/pushforward_bias.json
 
 A teacher is a random Markov chain over six byte strings; its student has another vocabulary
 of such strings. Texts are drawn from the teacher. At each boundary that both tokenisations share,
 the distribution of the student's next token is computed by enumerating the teacher's continuations,
 and compared with the expectation of the cached target: with every drawn token mapped by itself
-(followed 0), and with the draws of the text's own token continued (followed 1, 2 and 3). Prints the
-means over the positions; docs/theory.md, section 10, has them. Takes about a minute.
+(followed 0), and with the draws of the text's own token continued (followed 1, 2 and 3). Writes the
+means of each pair and over all positions; docs/theory.md, section 10, has the latter. Takes less
+than a minute.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -260,20 +262,37 @@ def pairs(count: int, length: int = 16) -> list[Pair]:
     return found
 
 
+def means(rows: Sequence[dict[str, Any]], followed: int) -> dict[str, float]:
+    """Return the means over the positions of all pairs.
+
+    Args:
+        rows: values of `Measured` per pair and number of tokens that are followed.
+        followed: number of tokens that are followed.
+    """
+    own = [row for row in rows if row["followed"] == followed and row["positions"]]
+    count = sum(row["positions"] for row in own)
+    names = ("bias", "bound", "mean_bytes", "true_bytes")
+    return {name: sum(row[name] * row["positions"] for row in own) / count for name in names}
+
+
+def rows_of(seed: int, pair: Pair) -> list[dict[str, Any]]:
+    """Return the values of `Measured` of one pair, a row per number of tokens that are followed."""
+    return [{"pair": seed, **asdict(pair.measured(followed))} for followed in FOLLOWED]
+
+
 def main() -> None:
-    """Print the means over twenty pairs as JSON."""
-    results: list[dict[str, Any]] = []
-    made = pairs(count=20)
-    for followed in FOLLOWED:
-        own = [asdict(pair.measured(followed)) for pair in made]
-        used = [one for one in own if one["positions"]]
-        weights = np.array([one["positions"] for one in used])
-        mean = {
-            name: float(np.average([one[name] for one in used], weights=weights))
-            for name in ("bias", "bound", "mean_bytes", "true_bytes")
-        }
-        results.append({"followed": followed, "positions": int(weights.sum()), **mean})
-    print(json.dumps(results, indent=1))
+    """Measure twenty pairs, and write the results as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="file for the results; printed if absent")
+    out = parser.parse_args().out
+    rows = [row for seed, pair in enumerate(pairs(count=20)) for row in rows_of(seed, pair)]
+    results = {
+        "ahead": AHEAD,
+        "means": {str(followed): means(rows, followed) for followed in FOLLOWED},
+        "rows": rows,
+    }
+    text = json.dumps(results, indent=1) + "\n"
+    print(text) if out is None else out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 from experiments.compare.pages import DOCS, RESULTS, SETTINGS, pages
+from experiments.pushforward_bias import AHEAD, means, pairs, rows_of
 
 from sparselogits.lab.compare import read_results
 from sparselogits.lab.compare.windows import differences, read_windows
@@ -96,3 +97,28 @@ def test_the_variants_of_theory_are_the_measured_ones():
     for sampler, low, high in (("systematic", 1.5, 1.8), ("multinomial", 0.6, 0.9)):
         ratios = [rows["top-k (biased)"]["error"] / rows[sampler]["error"] for rows in columns]
         assert f"{min(ratios):.1f} to {max(ratios):.1f}" == f"{low} to {high}"
+
+
+def test_the_bias_of_retokenized_targets_is_the_measured_one():
+    """The table of theory.md, from the rows of each pair, two of which are measured again."""
+    stored = json.loads((RESULTS / "pushforward_bias.json").read_text())
+    rows = stored["rows"]
+    for seed, pair in enumerate(pairs(count=2)):
+        again = rows_of(seed, pair)
+        for old, new in zip((row for row in rows if row["pair"] == seed), again, strict=True):
+            assert new == pytest.approx(old, abs=1e-12)
+    page = (DOCS / "theory.md").read_text(encoding="utf-8")
+    lines = page.split("| D | total variation | bound |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 4
+    for followed, line in enumerate(lines):
+        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found = means(rows, followed)
+        assert found == pytest.approx(stored["means"][str(followed)], abs=1e-12)
+        assert first.split(",")[0] == str(followed)
+        digits = {"bias": 3, "bound": 3, "mean_bytes": 2, "true_bytes": 2}
+        assert cells == [f"{found[name]:.{places}f}" for name, places in digits.items()]
+    positions = sum(row["positions"] for row in rows if row["followed"] == 0)
+    count = len({row["pair"] for row in rows})
+    said = " ".join(page.split())
+    assert f"{count} random pairs of a Markov teacher" in said
+    assert f"{positions} shared boundaries, continuations of {AHEAD} tokens enumerated" in said
