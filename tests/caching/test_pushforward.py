@@ -58,7 +58,7 @@ def targets_of(counts: list[list[int]], rounds: int) -> SparseTargets:
     positions, ids = table.nonzero(as_tuple=True)
     drawn = table[positions, ids].to(torch.int32)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (table > 0).sum(1).cumsum(0)])
-    return SparseTargets(ids, drawn / rounds, offsets, len(TEACHER), counts=drawn, rounds=rounds)
+    return SparseTargets(ids, drawn / rounds, offsets, table.shape[1], counts=drawn, rounds=rounds)
 
 
 @pytest.mark.parametrize("followed", [0, 1, 2])
@@ -136,6 +136,36 @@ def test_mapped_targets_are_valid_counts(seed: int, followed: int, elsewhere: bo
         labels = torch.from_numpy(np.append(aligned.tokens[1:], -1))
         for place in exact.nonzero().flatten().tolist():
             assert made[place].ids.tolist() == [labels[place]]
+
+
+def joined(*words: str) -> list[str]:
+    """Return a vocabulary with these words, and their letters and prefixes, which BPE needs."""
+    letters = sorted({letter for word in words for letter in word})
+    prefixes = [word[:i] for word in words for i in range(2, len(word) + 1)]
+    return list(dict.fromkeys([*letters, *prefixes]))
+
+
+@pytest.mark.parametrize(
+    ("followed", "expected"),
+    [(0, {" wash": 9, " clean": 3}), (4, {" washed": 6, " wash": 3, " clean": 3})],
+)
+def test_the_example_of_the_page(followed: int, expected: dict[str, int]) -> None:
+    """Of docs/retokenize.md, as the sum over all twelve choices of the rounds that continue."""
+    theirs, ours = joined(" wash", " clean", "ed", "ing"), joined(" washed", " clean", "ed", "ing")
+    teacher, student = (TokenBytes(tokenizer_of(own)) for own in (theirs, ours))
+    convert = Retokenizer(teacher, student, {}, followed=followed)
+    text = [theirs.index(own) for own in (" clean", " wash", "ed", " clean", " clean")]
+    aligned = convert.align(text, [])
+    assert [ours[t] for t in aligned.tokens.tolist()[:3]] == [" clean", " washed", " clean"]
+    drawn = [{" wash": 9, " clean": 3}, {"ed": 8, "ing": 4}, *[{" clean": 12}] * 3]
+    given_targets = targets_of([[row.get(own, 0) for own in theirs] for row in drawn], rounds=12)
+    mean: dict[str, float] = {}
+    for start in range(12):
+        uniforms = np.full((len(aligned.tokens), max(1, followed)), start / 12)
+        own, weights = convert.targets(aligned, text, given_targets, uniforms)[0]
+        for i, weight in zip(own.tolist(), weights.tolist(), strict=True):
+            mean[ours[i]] = mean.get(ours[i], 0.0) + weight
+    assert mean == pytest.approx({name: float(own) for name, own in expected.items()}, abs=1e-5)
 
 
 def test_ids_that_are_no_tokens_count_for_the_text() -> None:

@@ -42,8 +42,11 @@ def retokenize_command(
         min=2,
     ),
     followed: int = TARGETS(
-        "Tokens of the text by which rounds that drew the text are continued, until the student's "
-        "token is settled.",
+        "Number of following tokens of the text whose cached draws are used where a token that the "
+        "teacher drew may be the beginning of a longer token of the student, as ' wash' of "
+        "' washed'. 0: each drawn token counts for the first student token of its own bytes, so "
+        "that long tokens of the student get too little probability. Increase it for a teacher of "
+        "bytes or characters.",
         4,
         min=0,
     ),
