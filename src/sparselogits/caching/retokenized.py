@@ -112,9 +112,9 @@ def retokenize(
             windows; 1.25 times their mean if that is less and windows join documents.
         special: special tokens of the student by those of the teacher, in addition to tokens of
             equal text or role. An empty string spells the token as text.
-        followed: largest number of following tokens of the text whose draws continue the rounds that
-            drew the token of the text; 0 counts each drawn token for the first student token of its
-            own bytes, so that long tokens of the student get too little probability.
+        followed: largest number of following tokens of the text whose draws continue the rounds
+            that drew the token of the text; 0 counts each drawn token for the first student token
+            of its own bytes, so that long tokens of the student get too little probability.
         elsewhere: targets of the other positions: "text" for the token of the text, which is
             cross-entropy; "none" for no target and no loss.
         progress: called with the numbers of windows done and in total.
