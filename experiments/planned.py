@@ -21,6 +21,7 @@ from torch import nn
 from sparselogits.evaluate import t_interval
 from sparselogits.evaluate.intervals import two_sided_p
 from sparselogits.files import write_whole
+from sparselogits.lab.demo.material import demo_dtype
 from sparselogits.locks import Held, lock_file
 
 Means = Mapping[str, Mapping[str, Sequence[float]]]
@@ -28,6 +29,15 @@ Means = Mapping[str, Mapping[str, Sequence[float]]]
 
 Judge = Callable[[Means], dict[str, Any]]
 """Function that returns verdict, reason, endpoints and secondary tests from the means."""
+
+
+PRECISION = demo_dtype()
+"""Number format of products: bfloat16, or float32 on a processor that emulates bfloat16."""
+
+
+def autocast() -> torch.autocast:
+    """Return the context in which the products of a student are computed in `PRECISION`."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bfloat16")
 
 
 def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -114,6 +124,7 @@ def collect(
         "size": asdict(size),
         "as_planned": size == planned,
         **shared,
+        "precision": PRECISION,
         "torch": torch.__version__,
         "python": platform.python_version(),
         **means,

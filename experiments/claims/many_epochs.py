@@ -41,6 +41,8 @@ teachers, which the library did not support when the plan was written.
 - Secondary, two-sided paired t tests on KL with Holm's correction at 5 %: 12 rounds, fresh minus
   frozen; 4 and 12 fresh minus all 48 (equal bytes in the cache); 4 fresh, 12 frozen and all 48
   minus full KD; 4 frozen minus CE.
+- Changed before the first run: float32 in place of bfloat16 on a processor that has no bfloat16
+  products (they are emulated there, nine times slower than float32). The result names the format.
 - The result is reported whatever it is. No seed is added or left out after looking.
 """
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from experiments.planned import Judge, collect, optimizer_of
+from experiments.planned import PRECISION, Judge, autocast, collect, optimizer_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,11 +117,11 @@ class Work:
                 f"{data} has {len(self.text)} training windows; the experiment needs "
                 f"{size.text_windows}. Give documents.py more --characters"
             )
-        self.model = load_language_model(str(teacher), dtype="bfloat16").eval()
+        self.model = load_language_model(str(teacher), dtype=PRECISION).eval()
 
     def engine(self) -> Any:
         """Load the teacher as an engine."""
-        return load_teacher(str(self.teacher), tokenizer=self.tokenizer, dtype="bfloat16")
+        return load_teacher(str(self.teacher), tokenizer=self.tokenizer, dtype=PRECISION)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def step_loss(
         batch = collate([cache[WindowRequest(i, chosen, arm.rounds)] for i in windows])
     ids, kept = batch["input_ids"], batch["shift_labels"] >= 0
     labels = batch["shift_labels"][kept]
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         own = model(ids).logits[kept]
     own = own.float()
     if arm.full:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from planned import PRECISION
 from small_teacher import documents
 from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
@@ -45,7 +46,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.teacher)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = load_language_model(arguments.teacher, dtype="bfloat16").eval()
+    model = load_language_model(arguments.teacher, dtype=PRECISION).eval()
     passages = [text[:400].rpartition(" ")[0] for text in documents([arguments.text])]
     random.Random(arguments.seed).shuffle(passages)
     requests = [
