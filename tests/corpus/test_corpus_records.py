@@ -326,7 +326,7 @@ BACKWARDS = "{{ messages | length }}{% for m in messages %}{{ m.content | revers
 MISTAKES: dict[str, tuple[str | None, Any, str]] = {
     "no template": (None, TALK, "no chat template .* give a tokenizer with a template"),
     "template that refuses": ("{{ raise_exception('no talk') }}", TALK, "no talk"),
-    "template of an unknown name": ("{{ messages[0].a.b }}", TALK, "refuses the messages"),
+    "template of an unknown name": ("{{ messages[0].a.b }}", TALK, "rejects the messages"),
     "text": (CHATML, "hello", "contains str instead of messages"),
     "strings": (CHATML, ["hello"], "contains list instead of messages"),
     "number": (CHATML, 7, "contains int instead of messages"),

@@ -179,7 +179,7 @@ def test_one_format_is_read_and_the_rest_is_named(tmp_path):
     assert [file.name for file in source.files] == ["a.jsonl", "b.jsonl"]
     assert {own.names: own.reason for own in source.left_out} == {
         ("a.parquet", "notes.md"): "of another format than .jsonl",
-        ("picture.png",): "no text by name",
+        ("picture.png",): "no known text format",
     }
 
 
@@ -199,7 +199,7 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
     assert sorted(source.documents()) == ["a.jsonl", "a.jsonl", "c.jsonl", "deep/b.jsonl"]
     said = source.in_words()
     assert "files (link to a folder that is also read elsewhere: " in said
-    assert "1 file (link to nothing: gone.jsonl)" in said
+    assert "1 file (broken link: gone.jsonl)" in said
     with pytest.raises(CorpusError, match=r"is a link to .*/nothing, which does not exist"):
         open_source(folder / "gone.jsonl")
 
@@ -289,4 +289,4 @@ def test_a_fourth_split_folder_and_shards_of_spark(tmp_path):
     said = source.in_words()
     assert "1 file (of no split: custom/a.jsonl)" in said
     assert "1 file (of the split `test`: test/a.jsonl)" in said
-    assert "1 file (no text by name: train/_SUCCESS)" in said
+    assert "1 file (no known text format: train/_SUCCESS)" in said

@@ -51,6 +51,8 @@ DEFAULT_BUDGET = 12.0
 """Mean number of entries per token if neither a budget nor the sampler's size is given."""
 
 DEFAULT_SAMPLER = "systematic"
+"""Name of the sampler if --sampler is not given."""
+
 SAMPLER = "sparselogits.cli.cache"
 """Key of the values of sampler options in the `meta` of the click context."""
 
@@ -123,7 +125,7 @@ def cache(
     ),
     seed: int = TARGETS("Random seed for sampling.", 0, min=0),
     objective: ObjectiveName | None = TARGETS(
-        "What is predicted: the next token, or tokens that the input masks (BERT).",
+        "causal: the teacher predicts the next token. masked: it predicts masked tokens (BERT).",
         shown="by the class of the teacher",
     ),
     mask_rate: str | None = TARGETS(

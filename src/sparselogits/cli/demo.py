@@ -10,7 +10,7 @@ from sparselogits.console import results
 
 def demo(
     out: Path = OUTPUT(
-        "Output folder: up to 4 GB while running, 2 GB at the end.", Path("demo-run")
+        "Output folder; it takes up to 4 GB during the demo and 2 GB afterwards.", Path("demo-run")
     ),
     as_json: Json = False,
 ) -> None:

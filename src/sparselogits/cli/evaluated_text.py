@@ -23,21 +23,10 @@ DEFAULT_WINDOW = 1024
 
 @dataclass(frozen=True)
 class OtherText:
-    """Text of `--data` and the options for reading and packing it.
+    """Text of `--data`, and values of the options by which it is read and packed.
 
-    Args:
-        data: file, folder or dataset, as for `corpus.open_source`.
-        window: number of tokens per window; None for the cache's window length, or for
-            `DEFAULT_WINDOW` without a cache.
-        text_field: field or column that contains the text.
-        split: split of a dataset.
-        completion_only: whether only completions and assistant messages are evaluated.
-        reset_attention: whether attention is limited to one document; None for the cache's
-            setting.
-        separator_id: id of the token between documents; None for the cache's separator, or the
-            tokenizer's without a cache.
-        tokenized_by: tokenizer of the token ids in the data; None if the data is text.
-        join_rows: whether rows of token ids are concatenated and then cut into windows.
+    `window`, `separator_id` and `reset_attention` are None for the settings of the cache; without a
+    cache, for `DEFAULT_WINDOW`, the tokenizer's separator and no reset.
     """
 
     data: str

@@ -42,7 +42,7 @@ def import_command(
         "Store probabilities as float32 instead of rounding them.", False, "--exact-weights"
     ),
     compression_config: Path | None = TARGETS(
-        "File with the settings of DistillKit's compression, for compressed rows.",
+        "YAML file with the settings of DistillKit's compression, for compressed rows.",
         shown="compression_config.yaml next to the data",
     ),
     out: str = OUTPUT("Folder of the cache; it must be new or empty.", ...),
@@ -50,7 +50,7 @@ def import_command(
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Create a cache (biased) from Top-K log-probabilities collected by vLLM or another tool."""
+    """Create a cache of biased targets from Top-K log-probabilities that another tool collected."""
     from sparselogits.caching import import_collected
     from sparselogits.teacher.loading import load_tokenizer
 

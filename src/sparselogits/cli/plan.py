@@ -100,15 +100,15 @@ def plan(
     ),
     workers: int = DISTRIBUTED("Number of devices that run the teacher.", 1),
     ranks: int = DISTRIBUTED("Number of devices that train one student.", 1),
-    price: float = COST("Price per device-hour.", 0.0),
-    storage_price: float = COST("Price per terabyte-month of storage.", 0.0),
+    price: float = COST("Price per device-hour, in any currency; 0 omits all costs.", 0.0),
+    storage_price: float = COST("Price per terabyte-month of storage, in that currency.", 0.0),
     months: float = COST("Number of months for which the cache is stored.", 1.0),
     sizes: bool = OUTPUT(
         "Also print a table for students of 300M to 13B and texts of 1B to 10T tokens.",
         False,
         "--grid",
     ),
-    plot: Path | None = OUTPUT("PNG file for a chart of the table of --grid.", shown="no plot"),
+    plot: Path | None = OUTPUT("PNG file for a chart of the table of --grid.", shown="no chart"),
     as_json: Json = False,
 ) -> None:
     """Estimate size, hours and cost of a cache, and when it is cheaper than an online teacher."""
@@ -192,7 +192,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _ModelMemory:
-    """Memory that a teacher or a student needs, compared with a device's memory in bytes."""
+    """Memory that a teacher or a student needs, and the memory of a device, in bytes."""
 
     role: str
     option: str  # sets the batch size

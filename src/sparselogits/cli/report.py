@@ -13,7 +13,7 @@ from sparselogits.console import results
 def report(
     comparison: Path = typer.Argument(help="Folder of a comparison, or its results.json."),
     out: Path | None = typer.Option(
-        None, help="Folder for the page and its pictures.", show_default="the comparison's folder"
+        None, help="Folder for the page and its charts.", show_default="the comparison's folder"
     ),
 ) -> None:
     """Write the report page of a comparison from its results.json, even while it is running."""

@@ -37,8 +37,8 @@ def retokenize_command(
     ),
     trust_remote_code: TrustRemoteCode = False,
     window: int | None = DATA(
-        "Tokens of the student per window; longer windows are cut, shorter ones padded.",
-        shown="enough for nearly all windows",
+        "Tokens of the student per window; longer windows are cut, shorter ones are padded.",
+        shown="from the lengths of 256 windows",
         min=2,
     ),
     followed: int = TARGETS(
@@ -51,8 +51,8 @@ def retokenize_command(
         min=0,
     ),
     elsewhere: str = TARGETS(
-        "Targets where the tokenizers share no boundary. text: the token of the text, which is "
-        "cross-entropy. none: no target and no loss.",
+        "Target of positions where the tokenizers share no boundary. text: the token of the text, "
+        "as in cross-entropy. none: no target and no loss.",
         "text",
     ),
     out: str = OUTPUT("Folder or URL of the new cache.", ...),
@@ -66,7 +66,8 @@ def retokenize_command(
         name, _, pairs[name] = given.rpartition("=")
         if not name:
             raise InvalidArgumentError(
-                f"--special is {given!r}; expected TEACHER=STUDENT, two special tokens, or TEACHER="
+                f"--special is {given!r}; give TEACHER=STUDENT, two special tokens, or TEACHER= to "
+                "spell the token as text"
             )
     with stage("retokenizing", "windows") as update:
         report = retokenize(

@@ -96,14 +96,8 @@ class BuildRole:
     ) -> BuildReport:
         """Build the missing shards of caches with this executor.
 
-        Args:
-            load: function that loads the teacher on the device given as `device`.
-            engine: teacher of this process.
-            corpus: packed text.
-            requests: caches to build from the same forward passes.
-            only: first window to build and the window after the last; None for all windows.
-            progress: function called with windows done and windows in total.
-            options: further options of `build_caches`.
+        The function `load` loads the teacher on the device given as `device`. The other arguments
+        are those of `build_caches`.
         """
         from sparselogits.caching import begin_job, build_caches, shard_ranges
         from sparselogits.caching.executors import build_caches_on_ray
@@ -129,13 +123,8 @@ def build_role(
 ) -> BuildRole:
     """Determine the role of this process, and set its number of PyTorch threads.
 
-    Args:
-        executor: `local`, `torchrun` or `ray`.
-        threads: PyTorch threads; None for the executor's default.
-        workers: number of Ray workers; None for as many as fit on the cluster.
-        gpus: GPUs per Ray worker; None for 1 with a CUDA device and 0 otherwise.
-        device: value of `--device`.
-        split: whether the ranks of torchrun run one teacher by tensor parallelism.
+    The arguments are the values of the options of `sparselogits cache`; `split` states whether
+    `--tp-plan` is given, so that the ranks of torchrun run one teacher by tensor parallelism.
 
     Raises:
         InvalidArgumentError: If an option belongs to another executor, a number is out of range,

@@ -54,11 +54,11 @@ _SCHEMA = pa.schema(
         ("opens", pa.bool_()),
     ]
 )
-_ROWS = 1 << 14  # per row group of a table
+_ROWS = 1 << 14  # number of rows per row group of a table
 _BIN_BITS = 16
 _CACHED_PARTS = 4
 _WINDOWS_FOR_A_GAP = 10  # shorter texts have no gap before the hold-out
-_DROPPED_SHARE = 0.02  # of the tokens, that the rule "documents" may drop
+_DROPPED_SHARE = 0.02  # maximum share of the tokens that the rule "documents" may drop
 
 
 class DocumentTable:

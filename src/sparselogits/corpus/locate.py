@@ -43,7 +43,7 @@ class LeftOut:
     """Group of found files that share a remark, such as the reason why they are not read."""
 
     reason: str
-    """The remark, as a phrase such as "no text by name"."""
+    """The remark, as a phrase such as "no known text format"."""
     names: tuple[str, ...]
     """Relative names of the files."""
 
@@ -219,7 +219,7 @@ def _folder(folder: Path, split: str, configuration: str | None) -> Located:
     suffix = content_suffix(Path(next(iter(chosen))))
     for name in names:
         if formats[name] is None:
-            reasons.setdefault(name, "no text by name")
+            reasons.setdefault(name, "no known text format")
         elif name not in chosen:
             reasons.setdefault(name, f"of another format than {suffix}")
     both = {
@@ -274,7 +274,7 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
             elif entry.is_file():
                 found.append(name)
             elif entry.is_symlink() and not path.exists():
-                skipped[name] = "link to nothing"
+                skipped[name] = "broken link"
             else:
                 skipped[name] = "not a regular file"
     return sorted(found), skipped

@@ -110,8 +110,8 @@ def cut_pieces(
 ) -> Iterator[Piece]:
     """Yield the pieces of a document's bytes [start, stop), whose ends are from `next_cut`.
 
-    Margins stay within the document, given by the offsets of the first byte and after the last one.
-    An end beyond `stop + MARGIN_BYTES` may be replaced by any larger offset.
+    Margins stay within `document`, the offsets of the document's first byte and of the byte after
+    its last one. The latter may be any offset beyond `stop + MARGIN_BYTES` if the end is unknown.
 
     Raises:
         CorpusError: the bytes are not UTF-8; the message contains the offset of the first invalid

@@ -387,7 +387,7 @@ class _BoundTemplate:
             *(TypeError, ValueError, RecursionError),
         ) as error:
             raise RenderError(
-                f"the chat template refuses the messages: {str(error).rstrip('.')}. Correct the "
+                f"the chat template rejects the messages: {str(error).rstrip('.')}. Correct the "
                 "record, or use another template"
             ) from error
         text = str(rendered[0])

@@ -31,9 +31,9 @@ A token with several roles is mapped to another tokenizer by the first of them.
 """
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_KEPT_NORMALISERS = {"NFC", "Prepend", "ByteLevel"}
+_LOSSLESS_NORMALISERS = {"NFC", "Prepend", "ByteLevel"}
 _DROPPING = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"}
-_REMEMBERED = 1 << 20  # byte strings whose first token is kept
+_CACHED_STRINGS = 1 << 20  # maximum number of byte strings whose first token is cached
 
 
 class ByteTokens(NamedTuple):
@@ -41,10 +41,10 @@ class ByteTokens(NamedTuple):
 
     Args:
         ids: int64 [N] token ids.
-        starts: int64 [N], position of each token's first byte; -1 for a token whose bytes are not
-            at that place of the text (an unknown token, or one of normalised text).
+        starts: int64 [N], position of each token's first byte; -1 for a token whose bytes do not
+            occur there in the text (an unknown token, or a token of normalised text).
         ends: int64 [N], position after each token's last byte.
-        words: int64 [N], number of the word (of the pre-tokenizer) that contains each token.
+        words: int64 [N], index of the pre-tokenizer's word that contains each token; -1 for none.
     """
 
     ids: NDArray[np.int64]
@@ -62,9 +62,11 @@ class TokenBytes:
 
     Attributes:
         size: number of ids, one more than the largest id.
+        roles: ids of the special tokens by role (`ROLES`).
         special: content of each special token by id; special tokens stand for no bytes of the text.
         bytes_of: byte string of each id; empty for special tokens and unused ids.
         bos_id: id of the token that the tokenizer adds before a text; None for no token.
+        first_of: `_first_of` with a cache.
 
     Raises:
         InvalidArgumentError: the tokens do not determine the bytes of a text; the message names the
@@ -98,32 +100,32 @@ class TokenBytes:
                 self.bytes_of[i] = name.encode() if i in added else self._spelled(name)
         before, _ = added_tokens(tokenizer)
         self.bos_id = before[0] if before else None
-        self.first_of = lru_cache(_REMEMBERED)(self._first_of)
+        self.first_of = lru_cache(_CACHED_STRINGS)(self._first_of)
 
     # -- construction ------------------------------------------------------------------------------
 
     def _checked_family(self, model: dict[str, Any]) -> str:
-        """Return "bytes" or "sentencepiece". Raises InvalidArgumentError."""
+        """Return "bytes" or "sentencepiece"; reject a tokenizer that drops bytes of a text."""
         kind = model.get("type")
         if kind not in ("BPE", "Unigram"):
-            self._refuse(
+            self._reject(
                 f"its model is {kind}",
                 "WordPiece and word tokenizers drop white space or rare words",
             )
         marked = [n for n in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(n)]
         if marked:
-            self._refuse(
+            self._reject(
                 f"its tokens have a {marked[0]} ({model[marked[0]]!r})",
                 "such tokenizers split text at white space and drop it",
             )
         for part in self._parts("pre_tokenizer"):
             if part["type"] in _DROPPING or part.get("behavior") == "Removed":
-                self._refuse(f"its pre-tokenizer is {part['type']}", "it drops white space")
+                self._reject(f"its pre-tokenizer is {part['type']}", "it drops white space")
         names = ("normalizer", "pre_tokenizer", "decoder")
         kinds = {part["type"] for name in names for part in self._parts(name)}
         marks = SPACE_MARK in json.dumps(self._state.get("normalizer"), ensure_ascii=False)
         if not kinds & {"ByteLevel", "Metaspace"} and not marks:
-            self._refuse("it is neither byte-level nor SentencePiece's", "its bytes are unknown")
+            self._reject("it is neither byte-level nor SentencePiece's", "its bytes are unknown")
         return "bytes" if "ByteLevel" in kinds else "sentencepiece"
 
     def require_lossless(self) -> None:
@@ -138,22 +140,22 @@ class TokenBytes:
         for part in self._parts("normalizer"):
             kind = part["type"]
             spaces = kind == "Replace" and part.get("content") == SPACE_MARK
-            if kind not in _KEPT_NORMALISERS and not spaces:
-                self._refuse(f"its normaliser is {kind}", "it changes the bytes of the text")
+            if kind not in _LOSSLESS_NORMALISERS and not spaces:
+                self._reject(f"its normaliser is {kind}", "it changes the bytes of the text")
 
-    def _refuse(self, found: str, why: str) -> NoReturn:
-        """Raise InvalidArgumentError."""
+    def _reject(self, found: str, why: str) -> NoReturn:
+        """Raise an `InvalidArgumentError` that names the component of the tokenizer."""
         raise InvalidArgumentError(
             f"{self._whose} cannot be aligned by bytes: {found}; {why}. Use a byte-level BPE, or a "
             "SentencePiece BPE or Unigram tokenizer without such normalisation"
         )
 
     def _parts(self, name: str) -> list[dict[str, Any]]:
-        """Return the components of a sequence of normalisers, pre-tokenizers or decoders."""
+        """Return the components of the normaliser, pre-tokenizer or decoder, called `name`."""
         return list(_flat(self._state.get(name)))
 
     def _spelled(self, token: str) -> bytes:
-        """Return the bytes of a token of the model's vocabulary."""
+        """Return the byte string for which a token of the model's vocabulary stands."""
         if self._family == "bytes":
             try:
                 return bytes(_BYTE_OF[character] for character in token)
@@ -196,12 +198,12 @@ class TokenBytes:
 
     @cached_property
     def adds_space(self) -> bool:
-        """Whether a space is added at the beginning of a document."""
+        """Whether the tokenizer adds a space at the beginning of a document."""
         return self._beginning is not self._inside
 
     @property
     def adds_space_everywhere(self) -> bool:
-        """Whether a space is added after every special token, not only at the beginning."""
+        """Whether the tokenizer adds a space at the beginning and after every special token."""
         return any(
             part["type"] == "Prepend"
             or part.get("prepend_scheme") == "always"
@@ -217,7 +219,7 @@ class TokenBytes:
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
-        """Ids of the tokens of one byte."""
+        """Id of the token that stands for one byte alone, by byte."""
         found = {own[0]: i for i, own in enumerate(self.bytes_of) if len(own) == 1}
         if self._family == "sentencepiece":
             for i, name in enumerate(map(self._inside.id_to_token, range(self.size))):
@@ -245,8 +247,8 @@ class TokenBytes:
     def _placed(self, text: str, encoding: Encoding, *, added_space: bool) -> ByteTokens:
         """Return the tokens of a text with their positions in its bytes.
 
-        A token is placed where its own bytes continue the text. Character offsets are used only
-        after a token that is not there, because several tokens of one character share them.
+        A token is located where its bytes continue the text. Character offsets are used only after
+        a token whose bytes do not, because several tokens of one character share their offsets.
         """
         data, cursor = text.encode(), 0
         byte_of = np.cumsum([0, *(len(c.encode()) for c in text)]) if not text.isascii() else None
@@ -295,10 +297,6 @@ class TokenBytes:
             else:
                 ids = self.byte_tokens(data[:1]) or [self.roles.get("unk", -1)]
         return ids[0] if ids else -1
-
-    def first_of_each(self, strings: Iterable[bytes]) -> NDArray[np.int64]:
-        """Return the first token of each byte string, int64; -1 where there is none."""
-        return np.array([self.first_of(own) if own else -1 for own in strings], np.int64)
 
 
 def _flat(part: Any) -> Iterable[dict[str, Any]]:

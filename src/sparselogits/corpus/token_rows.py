@@ -122,7 +122,7 @@ def token_piece(
     flags[:count] = True if learnt is None else learnt
     if starts is not None:
         if len(starts) and packing.of_documents:
-            _refuse(
+            _reject(
                 where,
                 f"contains {len(starts) + 1} documents, but each window was to have one document "
                 "(--packing documents); give a row per document, or leave the option out",
@@ -161,7 +161,7 @@ def record_row(
     found = {name: values[name] for name in COLUMNS if values.get(name) is not None}
     if IDS not in found:
         names = ", ".join(f"`{name}`" for name in values) or "none"
-        _refuse(where, f"has no column `{IDS}`; its columns are {names}. Give tokenized data")
+        _reject(where, f"has no column `{IDS}`; its columns are {names}. Give tokenized data")
     ids = _integers(found, IDS, where)
     columns = {
         name: _integers(found, name, where, len(ids))
@@ -180,7 +180,7 @@ def record_row(
         learnt &= columns["labels"] != IGNORE_INDEX
     starts = _starts(columns, found, count, len(ids), where)
     if starts is not None and len(starts) and not reading.settled.reset_attention:
-        _refuse(
+        _reject(
             where,
             f"contains {len(starts) + 1} documents that must not attend to each other, but "
             "attention is not reset; reset attention at documents (--reset-attention), or remove "
@@ -199,7 +199,7 @@ def _integers(
     """
     value = columns[name]
     if not isinstance(value, list | tuple | np.ndarray):
-        _refuse(where, f"has {type(value).__name__} in `{name}`; give a list of numbers")
+        _reject(where, f"has {type(value).__name__} in `{name}`; give a list of numbers")
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):  # ragged, or beyond 64 bits
@@ -207,11 +207,11 @@ def _integers(
     if array.size == 0:
         array = np.empty(0, np.int64)
     if array.ndim != 1:
-        _refuse(where, f"has lists in `{name}`; give one flat list of numbers per row")
+        _reject(where, f"has lists in `{name}`; give one flat list of numbers per row")
     if array.dtype.kind not in "iub":
-        _refuse(where, f"has other values than integers in `{name}`; tokenize the text again")
+        _reject(where, f"has other values than integers in `{name}`; tokenize the text again")
     if length is not None and len(array) != length:
-        _refuse(
+        _reject(
             where,
             f"has {length} ids and {len(array)} values of `{name}`; give one value per id",
         )
@@ -225,7 +225,7 @@ def _unpadded(mask: _Array | None, length: int, where: _Where) -> int:
     count = int(np.count_nonzero(mask))
     if not mask[:count].all():
         at = int(np.flatnonzero(mask == 0)[0])
-        _refuse(
+        _reject(
             where,
             f"has an attention_mask of 0 at position {at}, before tokens; expected padding only at "
             "the end, which does not shift positions. Pad on the right, or do not pad",
@@ -246,7 +246,7 @@ def _require_labels(labels: _Array, ids: _Array, where: _Where) -> None:
         if shifted
         else f"give the id or {IGNORE_INDEX}; targets other than the text are not supported"
     )
-    _refuse(where, f"has the label {labels[at]} for the id {ids[at]} at position {at}; {advice}")
+    _reject(where, f"has the label {labels[at]} for the id {ids[at]} at position {at}; {advice}")
 
 
 def _starts(
@@ -266,7 +266,7 @@ def _starts(
         begins = np.append(0, np.flatnonzero(np.diff(positions) != 1) + 1)
         wrong = begins[positions[begins] != 0]
         if len(wrong):
-            _refuse(
+            _reject(
                 where,
                 f"has the position id {positions[wrong[0]]} at position {wrong[0]}; give 0, or the "
                 "previous position id plus one; other positions are not supported",
@@ -277,7 +277,7 @@ def _starts(
         within = ((lengths > 0) & (lengths <= padded)).all()
         if not within or int(lengths.sum()) not in (count, padded):
             total = f"sum to {int(lengths.sum())}" if within else "are not positive"
-            _refuse(
+            _reject(
                 where,
                 f"has seq_lengths that {total}; give lengths that sum to the row's {count} tokens",
             )
@@ -285,7 +285,7 @@ def _starts(
         marks["seq_lengths"] = ends[ends < count]
     for (first, starts), (second, others) in pairwise(marks.items()):
         if not np.array_equal(starts, others):
-            _refuse(
+            _reject(
                 where,
                 f"has other documents by {first} ({len(starts) + 1}) than by {second} "
                 f"({len(others) + 1}); remove the column that the trainer does not read",
@@ -293,5 +293,5 @@ def _starts(
     return next(iter(marks.values()), None)
 
 
-def _refuse(where: _Where, what: str) -> NoReturn:
+def _reject(where: _Where, what: str) -> NoReturn:
     raise CorpusError(f"{where()} {what}")

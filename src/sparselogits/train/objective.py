@@ -58,7 +58,7 @@ class Objective:
             are tokens.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.
         cosine: weight of the mean of 1 - cosine between the last hidden states of student and
-            online teacher, over all non-padding positions.
+            online teacher, over all positions that are not padding.
         with_logits: whether evaluation returns the student's logits too.
         masked: whether the student is a masked language model. Few of its positions have a label,
             and only these are multiplied by the head.
@@ -364,12 +364,9 @@ def _loss_output(
 
 
 def _cosine_distance(student: Tensor, teacher: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the mean of 1 - cosine over positions that are no padding (DistilBERT's `loss_cos`).
+    """Return the mean of 1 - cosine over positions that are not padding (DistilBERT's `loss_cos`).
 
-    Args:
-        student: last hidden states of the student, [B, L, D].
-        teacher: last hidden states of the teacher, [B, L, D].
-        attention_mask: [B, L], 0 at padding; None without padding.
+    `student` and `teacher` are last hidden states [B, L, D]; the mask [B, L] is 0 at padding.
     """
     distances = 1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
     if attention_mask is None:

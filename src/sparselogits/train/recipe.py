@@ -483,8 +483,8 @@ class Recipe(TrainingSettings):
     )
     missing_mass: MissingMass = Field(
         "drop",
-        description="for biased targets (Top-K, Top-P): drop, renormalise, smooth, ghost or "
-        "ground_truth",
+        description="rule for the probability mass that biased targets (Top-K, Top-P) lack: drop, "
+        "renormalise, smooth, ghost or ground_truth",
     )
     thinning: Thinning | None = Field(
         None, description="train on fewer rounds than the cache stores (see thinning)"

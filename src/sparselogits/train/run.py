@@ -189,12 +189,10 @@ def _full_disk_reported(out: Path) -> Iterator[None]:
     """Convert the errors that libraries raise for a full or read-only disk to `StorageError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    except Exception as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if isinstance(error, OSError) and error.errno not in full:
             raise
-        with disk_errors(out):
-            raise
-    except Exception:
         with disk_errors(out):
             raise
 

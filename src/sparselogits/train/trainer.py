@@ -71,7 +71,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         alpha: share of the labels' cross-entropy in the loss.
         beta: for "jensen_shannon", the share of the teacher in the mixture; None for 1/2.
         cosine: weight of the cosine loss between the last hidden states of student and teacher, for
-            a method with the teacher online: the mean of 1 - cosine over all positions that are no
+            a method with the teacher online: the mean of 1 - cosine over all positions that are not
             padding (`alpha_cos` of DistilBERT). Hidden sizes must be equal.
         missing_mass: rule for the probability mass that Top-K and Top-P targets lack.
         rounds: number of rounds to which the cached targets are thinned, at most the number in the
@@ -628,7 +628,7 @@ def _require_cache(dataset: Any) -> None:
 
 
 def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
-    """Check that the missing-mass rule is defined for mixed targets and for those of classes."""
+    """Check that the missing-mass rule is defined for a draft vocabulary and for mixed caches."""
     if rule == "ghost" and getattr(dataset, "draft", None) is not None:
         raise InvalidArgumentError(
             "missing_mass='ghost' is not defined for a draft vocabulary, because the ghost token "

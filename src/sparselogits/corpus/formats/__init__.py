@@ -49,8 +49,9 @@ def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
     added = kind()
     if getattr(added, "name", None) != name or any(other.name == name for other in known):
         raise InvalidArgumentError(
-            f"the format {kind.__name__} has the name {getattr(added, 'name', None)!r}; set that "
-            f"of the entry point, {name!r}, and none of {', '.join(o.name for o in known)}"
+            f"the format {kind.__name__} of the entry point {name!r} has the name "
+            f"{getattr(added, 'name', None)!r}; give the class and the entry point the same name, "
+            f"other than {', '.join(other.name for other in known)}"
         )
     taken = {*COMPRESSIONS, *(suffix for other in known for suffix in other.all_suffixes)}
     for suffix in added.all_suffixes:

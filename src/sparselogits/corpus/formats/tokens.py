@@ -51,7 +51,6 @@ _INDEX_KINDS = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 class TokenFormat(Format):
     """Base class of token-id formats; a subclass implements `spans` and `pieces`."""
 
-    holds_records = True
     holds_tokens = True
     binary = True
 

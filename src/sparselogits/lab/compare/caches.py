@@ -225,15 +225,7 @@ def prepare(
 
 
 def _require_for_teacher(recipe: CompareRecipe, *, masked: bool) -> None:
-    """Check that a recipe has no settings for the other kind of teacher, masked or causal.
-
-    Args:
-        recipe: the comparison.
-        masked: whether the teacher is a masked language model.
-
-    Raises:
-        InvalidArgumentError: If a setting does not fit the teacher.
-    """
+    """Check that a recipe has no settings for the other kind of teacher, masked or causal."""
     if not masked and recipe.masking:
         raise InvalidArgumentError(
             f"{next(iter(recipe.masking))} is for a masked language model, and the teacher "

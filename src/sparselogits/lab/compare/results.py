@@ -79,8 +79,8 @@ class OfBatches(_Value):
     """Mean of a metric over batches, with the ends of its 95 % Student's t interval."""
 
     mean: float
-    low: float | None = Field(description="None for a single batch")
-    high: float | None = Field(description="None for a single batch")
+    low: float | None = Field(description="lower end; None for a single batch")
+    high: float | None = Field(description="upper end; None for a single batch")
 
 
 class GradientSize(_Value):
@@ -94,7 +94,7 @@ class GradientSize(_Value):
     angle: OfBatches = Field(description="angle to full distillation's gradient, degrees")
     norm_ratio: OfBatches = Field(description="relative norm")
     bias: float | None = Field(
-        description="relative bias; None if it is not distinguishable from zero"
+        description="relative bias; None if the bias is not distinguishable from zero"
     )
     bias_below: float | None = Field(
         description="upper bound of a bias that is not distinguishable from zero; otherwise None"
@@ -214,7 +214,9 @@ class RunRow(_Value):
         "confidence, overconfidence, ece, ece_equal_mass",
     )
     gap_closed: float | None = Field(
-        None, description="percentage of the gap between CE's loss and full KD's of the same seed"
+        None,
+        description="percentage of the gap between CE's loss and full KD's, both of the same seed, "
+        "that the run closes",
     )
     realised: Realised | None = Field(None, description="result of drafting; None if not measured")
     curve: list[tuple[int, float]] = Field(

@@ -160,8 +160,8 @@ def _numbers(estimate: MetricEstimate) -> list[float | None]:
 def main() -> None:
     """Print the metrics of stored results that differ from those recomputed from windows.npz."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("windows", type=Path)
+    parser.add_argument("results", type=Path, help="results.json of a comparison, or its directory")
+    parser.add_argument("windows", type=Path, help="windows.npz of the same comparison")
     given = parser.parse_args()
     found = differences(read_results(given.results), read_windows(given.windows))
     print(json.dumps({"differences": found}, indent=1))
