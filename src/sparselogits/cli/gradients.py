@@ -221,7 +221,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
 
 
 def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
-    """Create an adaptive sampler with the default sampler's rounds where the signal is average."""
+    """Create an adaptive sampler that draws the default sampler's rounds at an average signal."""
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds
@@ -264,7 +264,7 @@ def _conditions(
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
-    """Print a student's results: for parameters at each batch size, else at the largest one."""
+    """Print a student's tables: all parameters at each batch size, other spaces at the largest."""
     from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]

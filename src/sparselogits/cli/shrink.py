@@ -162,7 +162,7 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
 def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     """Return the tokens of `count` windows spread over a cache, int64 [N, L].
 
-    N is `count`, or less if windows are padded, because their texts are joined without padding.
+    N is less than `count` if windows are padded, because padding is removed and the rest is joined.
     """
     from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset

@@ -43,7 +43,7 @@ class LeftOut:
     """Group of found files that share a remark, such as the reason why they are not read."""
 
     reason: str
-    """The remark, as a phrase such as "no known text format"."""
+    """Remark about the files, as a phrase such as "no known text format"."""
     names: tuple[str, ...]
     """Relative names of the files."""
 
@@ -59,7 +59,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Located:
-    """Result of `locate`."""
+    """Files that `locate` found: those to read, and those that are left out."""
 
     files: tuple[SourceFile, ...]
     """Files to read, in order."""

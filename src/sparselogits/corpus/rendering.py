@@ -345,7 +345,7 @@ class _BoundTemplate:
     ) -> int | None:
         """Return the marker's position in the rendering of messages that contain it.
 
-        None if the rendering does not equal `plain` without the marker.
+        The result is None if the rendering does not equal `plain` after the marker is removed.
         """
         text = self.attempt(messages, opened=opened)
         if text is None or text.count(self.marker) != 1:
@@ -432,7 +432,8 @@ def _may_misprint(message: Message, changed: Message, text: str) -> bool:
 def _improves(message: Message, text: str, other: str) -> bool:
     """Return whether the rendering `other` of a message is better than the rendering `text`.
 
-    It is better if it contains more parts of the message, or fewer values as Python literals.
+    A rendering is better if it contains more parts of the message, or fewer values as Python
+    literals.
     """
     content = message.get("content")
     parts = [p["text"].strip() for p in content if "text" in p] if isinstance(content, list) else []

@@ -167,7 +167,7 @@ class TokenBytes:
         return token.replace(SPACE_MARK, " ").encode()
 
     def _compiled(self, **changes: Any) -> Tokenizer:
-        """Compile the tokenizer with some components replaced; text is never read as special."""
+        """Compile the tokenizer with `changes`; special tokens in a text are read as plain text."""
         state = {**self._state, "post_processor": None, "truncation": None, "padding": None}
         if "dropout" in state["model"]:
             state["model"] = {**state["model"], "dropout": None}
@@ -314,7 +314,7 @@ def _flat(part: Any) -> Iterable[dict[str, Any]]:
 
 
 def _without_added_space(part: Any) -> Any:
-    """Return a component of tokenizer.json that adds no space before a text; None for nothing."""
+    """Return a component of tokenizer.json without its added space; None if nothing is left."""
     if not isinstance(part, dict):
         return part
     for name in ("normalizers", "pretokenizers"):

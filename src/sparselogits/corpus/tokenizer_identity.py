@@ -20,7 +20,7 @@ from sparselogits.allowances import refuse
 from sparselogits.errors import IdentityMismatchError, SparseLogitsWarning
 from sparselogits.identity import canonical_json
 
-_MOST_RECORDED = 512  # added tokens
+_MOST_RECORDED = 512  # maximum number of added tokens in a record
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -160,7 +160,7 @@ def require_tokenizer(
 
 
 def _conflict(found: TokenizerFingerprint, cached_added: object, origin: str) -> str | None:
-    """Return a clause about an id whose added token differs in two tokenizers; None without one."""
+    """Return a clause about the first id whose added token differs; None if there is no such id."""
     if not isinstance(cached_added, Mapping):
         return None if cached_added == found.record()["added"] else "added tokens differ"
     for id_, token in found.added.items():

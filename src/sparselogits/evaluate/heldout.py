@@ -87,7 +87,7 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """Perplexity, exp(loss)."""
+        """Perplexity, exp(loss), at most exp(700)."""
         return math.exp(min(self.loss, 700.0))
 
     def interval(self, metric: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
@@ -339,7 +339,7 @@ class _TeacherPredictions:
 
 
 def _measure_teacher(predicted: _TeacherPredictions, labels: Tensor) -> _Measured:
-    """Measure the teacher's predictions; its agreement is 1 at each position."""
+    """Measure the teacher's predictions; the teacher's agreement is 1 at each position."""
     sums = torch.zeros(5, dtype=torch.float64)
     sums[_LOSS] = _loss(predicted.log_p, labels)
     sums[_AGREEMENT] = sums[_ACCEPTANCE] = sums[_POSITIONS] = len(labels)

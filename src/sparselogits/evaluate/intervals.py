@@ -350,7 +350,7 @@ def _over_models_and_windows(value: float, above: _Floats, below: _Floats) -> Es
 def _reached(rising: Callable[[float], float], start: float, step: float) -> float | None:
     """Compute where a distribution function reaches the upper quantile, searching from `start` up.
 
-    The step is doubled until the result is enclosed; None if it is not found.
+    The step is doubled until the quantile is enclosed; the result is None if it never is.
     """
     wanted = (1 + CONFIDENCE) / 2
     low = high = start

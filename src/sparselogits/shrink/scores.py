@@ -215,7 +215,7 @@ def _output_projections(
 
 
 def _run(model: nn.Module, windows: Tensor, progress: Progress | None) -> None:
-    """Run the model's trunk over each window, for its hooks."""
+    """Run the model's trunk over each window, so that the hooks on its modules are called."""
     device = next(model.parameters()).device
     language_model: Any = model
     decoder = language_model.get_decoder() if hasattr(model, "get_decoder") else model

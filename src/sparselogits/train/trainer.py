@@ -320,8 +320,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             return super().get_batch_samples(epoch_iterator, *others)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the labels by which a loss is divided; in a step of masked diffusion, tokens."""
-        # there, a window has the loss weight 1 / rate, and padding does not count
+        """Count the labels, or in masked diffusion the tokens, by which a loss is divided."""
+        # in masked diffusion, a window has the loss weight 1 / rate, and padding does not count
         if batch_samples and "loss_weight" in batch_samples[0] and not self._evaluates:
             ids = [
                 batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)

@@ -63,8 +63,8 @@ class FinishedWork:
     def claimed(self, kind: str, key: str = "all", *, wait: bool = False) -> Iterator[bool]:
         """Claim work for this process until the `with` block ends or the process dies.
 
-        Yield whether the claim succeeded. If another process has claimed the work, it fails, or
-        waits with `wait`. A file system without locks grants every claim.
+        Yield whether the claim succeeded. If another process has claimed the work, the claim fails
+        or, with `wait`, waits for that process. A file system without locks grants every claim.
         """
         with lock_file(self._file(kind, key).with_suffix(".lock"), wait=wait) as lock:
             yield lock.held is not Held.TAKEN

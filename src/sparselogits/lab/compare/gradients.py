@@ -121,7 +121,7 @@ def _planned_measurements(
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """Return the run to measure, the first that did not fail (CE first); None if unfinished."""
+    """Return the first run that has not failed, CE's before others; None if it is unfinished."""
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
     of_all = [r for m in recipe.methods for r in runs if r.planned.method.title == m.title]
     for run in (*of_ce, *of_all):

@@ -272,7 +272,7 @@ class Results(_Value):
 
     @property
     def objective(self) -> TokenObjective:
-        """What teacher and students predict: the next token, or tokens that the input masks."""
+        """Objective of teacher and students: predict the next token, or predict masked tokens."""
         return objective_from_json(self.settings.get("objective"))
 
     @property

@@ -186,7 +186,7 @@ def measure_gradients(
 
 
 class _Drawer:
-    """Draws of targets at one slice of positions; targets with equal samplers share draws."""
+    """Draws of targets at one slice of positions; targets of one sampler object share draws."""
 
     def __init__(
         self, tokens: Tensor, labels: Tensor, part: slice, logits: Tensor, window: int, seed: int
