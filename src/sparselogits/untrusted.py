@@ -69,6 +69,16 @@ def open_regular(path: str | Path) -> int:
     return descriptor
 
 
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Return whether links lead from a path in a folder to a file outside of it.
+
+    The blobs of the hub cache that contains the folder are regarded as part of the folder.
+    """
+    real, home = (Path(os.path.realpath(own)) for own in (path, folder))  # a loop is no error
+    hub = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    return not real.is_relative_to(home) and (hub is None or not real.is_relative_to(hub))
+
+
 def kind_of_file(mode: int) -> str:
     """Return the kind of a file that is not regular, as in "a socket", from its mode."""
     return _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")

@@ -1,8 +1,10 @@
 """Targets for a draft vocabulary: exact expectations, files of other tools, and what is refused."""
 
 import itertools
+import json
 import os
 import pickle
+import struct
 import warnings
 
 import numpy as np
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sparselogits import CacheDataset, SparseTargets
+from sparselogits.allowances import allowing
 from sparselogits.data import DraftVocabulary, WindowRequest, collate, teacher_mass
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.samplers import Multinomial, Systematic, TopK
 from sparselogits.store import Cache
 from tests.conftest import tiny_llama
@@ -286,7 +289,9 @@ def test_another_vocabulary_is_not_replaced(tmp_path) -> None:
         ([0.0, 1.0], [False, True, True, False], "float"),
         ([1, 1], [0, 1, 1, 0], "expected d2t int64"),
         ([[1, 1]], [False, True, True, False], "expected d2t int64"),
-        ([], [False, False], "at least one id"),
+        ([], [False, False], r"shape \(0,\)"),
+        ([2**63 - 1, 2], [False, True, True, False], "each once"),  # overflows
+        ([-1, 1], [False, True, True, False], "each once"),
     ],
 )
 def test_maps_that_contradict_each_other_are_refused(tmp_path, d2t, t2d, said) -> None:
@@ -304,7 +309,7 @@ def damage(folder, kind: str) -> str:
         return "bytes of data for 4 values"
     if kind == "pickle":
         np.save(t2d, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-        return "dtype object"
+        return "not that of a vector"
     if kind == "huge":
         header = t2d.read_bytes().replace(b"(9,)", b"(9999999999999,)".ljust(4))
         t2d.write_bytes(header)
@@ -332,14 +337,202 @@ def test_files_without_a_vocabulary_are_refused(tmp_path) -> None:
     save_file({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
     os.mkfifo(tmp_path / "pipe.safetensors")
+    save_file({"t2d": torch.ones(2, dtype=torch.bool)}, tmp_path / "half.safetensors")
     for name, said in (
         (".", "lacks the tensors d2t and t2d"),
+        ("half.safetensors", "lacks the tensors d2t, which"),
         ("cut.safetensors", "cannot be read as a draft vocabulary"),
         ("pipe.safetensors", "pipe"),
         ("nothing", "No such file"),
     ):
         with pytest.raises(InvalidArgumentError, match=said):
             DraftVocabulary.load(tmp_path / name)
+
+
+def written(header: object, data: bytes = b"") -> bytes:
+    """Return a safetensors file with a header and data that need not fit."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+MARKS = bytes([1, 1, 1, 1, 0, 0, 0, 0, 0])
+FORGED = {
+    **{
+        f"d2t as {kind}": written(
+            {
+                "d2t": entry(kind, [4], 0, 4 * size),
+                "t2d": entry("BOOL", [9], 4 * size, 4 * size + 9),
+            },
+            bytes(4 * size) + MARKS,
+        )
+        for kind, size in {"I16": 2, "U64": 8, "BF16": 2, "F8_E4M3": 1, "C64": 8, "BOOL": 1}.items()
+    },
+    **{
+        f"t2d as {kind}": written(
+            {"d2t": entry("I64", [4], 0, 32), "t2d": entry(kind, [9], 32, 32 + 9 * size)},
+            bytes(32 + 9 * size),
+        )
+        for kind, size in {"U8": 1, "I64": 8, "F8_E8M0": 1}.items()
+    },
+    "matrix": written(
+        {"d2t": entry("I64", [2, 2], 0, 32), "t2d": entry("BOOL", [9], 32, 41)}, bytes(32) + MARKS
+    ),
+    "scalar": written(
+        {"d2t": entry("I64", [], 0, 8), "t2d": entry("BOOL", [9], 8, 17)}, bytes(8) + MARKS
+    ),
+    "unknown type": written(
+        {"d2t": entry("F6_E2M3", [8], 0, 6), "t2d": entry("BOOL", [9], 6, 15)}, bytes(6) + MARKS
+    ),
+    "negative shape": written(
+        {"d2t": entry("I64", [-4], 0, 32), "t2d": entry("BOOL", [9], 32, 41)}
+    ),
+    "huge shape": written({"d2t": entry("I64", [2**60], 0, 32), "t2d": entry("BOOL", [9], 32, 41)}),
+    "no description": written({"d2t": "x", "t2d": entry("BOOL", [9], 32, 41)}, bytes(41)),
+    "deep": written(b"[" * 90_000),
+    "huge header": struct.pack("<Q", 2**40) + b"{}",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_tensors_are_refused(tmp_path, name) -> None:
+    (tmp_path / "draft.safetensors").write_bytes(FORGED[name])
+    with pytest.raises(InvalidArgumentError, match=r"draft\.safetensors"):
+        DraftVocabulary.load(tmp_path / "draft.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["d2t", "t2d"])
+@pytest.mark.parametrize("size", [2**25, 2**38])
+def test_sizes_beyond_any_vocabulary_are_refused_unread(tmp_path, kind, size) -> None:
+    """Files with holes, which take no space on the disk."""
+    shapes = {"d2t": 4, "t2d": 9} | {kind: size}
+    stop = 8 * shapes["d2t"]
+    header = {
+        "d2t": entry("I64", [shapes["d2t"]], 0, stop),
+        "t2d": entry("BOOL", [shapes["t2d"]], stop, stop + shapes["t2d"]),
+    }
+    path = tmp_path / "draft.safetensors"
+    path.write_bytes(written(header))
+    os.truncate(path, path.stat().st_size + stop + shapes["t2d"])
+    with pytest.raises(InvalidArgumentError, match=r"more than 16,777,216|mmap"):
+        DraftVocabulary.load(path)
+    DRAFT.save(tmp_path / "folder")
+    os.truncate(tmp_path / "folder" / f"{kind}.npy", size * 8)
+    with pytest.raises(InvalidArgumentError, match=rf"{kind}\.npy cannot be read.*more than"):
+        DraftVocabulary.load(tmp_path / "folder")
+
+
+def test_marks_that_are_neither_zero_nor_one_count_once(tmp_path) -> None:
+    header = {"d2t": entry("I64", [4], 0, 32), "t2d": entry("BOOL", [9], 32, 41)}
+    marks = bytes([2, 255, 7, 3, 0, 0, 0, 0, 0])
+    (tmp_path / "odd.safetensors").write_bytes(written(header, bytes(32) + marks))
+    assert DraftVocabulary.load(tmp_path / "odd.safetensors").ids.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("(" * 9000, "-" * 9000 + "1", "1" + "+1j" * 3000, "{[]: 1}", "{" + "[" * 90 + "]" * 90),
+        *(f"{{'descr': '{kind}', 'fortran_order': False, 'shape': (4,), }}" for kind in (
+            ">i8", "<u8", "<f8", "|O", "|S8", "<i8,<i8", "(2,)<i8", "<M8[s]")),
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (-4,), }",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (2, 2), }",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999999999,), }",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (5,), }",
+    ],
+    ids=lambda header: header[:60],
+)  # fmt: skip
+def test_forged_headers_of_arrays_are_refused(tmp_path, header) -> None:
+    """numpy parses such a header as an expression, and fails in five ways."""
+    DRAFT.save(tmp_path)
+    text = header.encode() + b"\n"
+    made = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(32)
+    (tmp_path / "d2t.npy").write_bytes(made)
+    with pytest.raises(InvalidArgumentError, match=r"d2t\.npy cannot be read"):
+        DraftVocabulary.load(tmp_path)
+
+
+def test_two_vocabularies_in_a_folder_have_to_agree(tmp_path) -> None:
+    DRAFT.save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    DRAFT.save(weights)
+    assert DraftVocabulary.load(tmp_path) == DRAFT
+    weights.unlink()
+    save_file({"fc.weight": torch.ones(3, 2)}, weights)  # the weights may lack it
+    assert DraftVocabulary.load(tmp_path) == DRAFT
+    for other in (
+        DraftVocabulary(torch.tensor([1, 3, 4, 7]), VOCABULARY),
+        DraftVocabulary(DRAFT.ids, VOCABULARY + 1),
+        DraftVocabulary(DRAFT.ids.flip(0), VOCABULARY),
+    ):
+        weights.unlink()
+        other.save(weights)
+        with pytest.raises(InvalidArgumentError, match="two draft vocabularies that differ"):
+            DraftVocabulary.load(tmp_path)
+    (tmp_path / "d2t.npy").unlink()
+    with pytest.raises(InvalidArgumentError, match=r"d2t\.npy cannot be read"):
+        DraftVocabulary.load(tmp_path)  # half a vocabulary is not replaced by another one
+    (tmp_path / "t2d.npy").unlink()
+    assert DraftVocabulary.load(tmp_path) == other
+    with pytest.raises(InvalidArgumentError, match="another draft vocabulary"):
+        DRAFT.save(tmp_path)
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    DRAFT.save(tmp_path)
+    with pytest.raises(InvalidArgumentError, match=r"model\.safetensors cannot be read"):
+        DraftVocabulary.load(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("d2t.npy", "t2d.npy"), ("model.safetensors",)])
+def test_links_out_of_the_folder_are_refused(tmp_path, names) -> None:
+    """Those of the hub cache, whose files are blobs, are followed."""
+    DRAFT.save(tmp_path / "blobs")
+    DRAFT.save(tmp_path / "blobs" / "model.safetensors")
+    for folder in (tmp_path / "snapshots" / "1", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).symlink_to(tmp_path / "blobs" / name)
+    assert DraftVocabulary.load(tmp_path / "snapshots" / "1") == DRAFT
+    with pytest.raises(InvalidArgumentError, match=r"is a link to .*outside of its folder"):
+        DraftVocabulary.load(tmp_path / "elsewhere")
+    with allowing("linked-weights"), pytest.warns(SparseLogitsWarning, match="is a link to"):
+        assert DraftVocabulary.load(tmp_path / "elsewhere") == DRAFT
+    for target in ("/dev/zero", tmp_path / "nothing", names[0]):
+        path = tmp_path / "elsewhere" / names[0]
+        path.unlink()
+        path.symlink_to(target)
+        with pytest.raises(InvalidArgumentError):
+            DraftVocabulary.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [1, 2],
+        np.array([1, 2]),
+        torch.tensor([1, 2], device="meta"),
+        torch.tensor([1, 2]).to_sparse(),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor(3),
+        None,
+    ],
+    ids=lambda own: f"{type(own).__name__} {getattr(own, 'layout', '')}",
+)
+def test_ids_that_are_no_vector_on_the_cpu_are_refused(ids) -> None:
+    with pytest.raises(InvalidArgumentError, match="vector of at least one id, int64, on the CPU"):
+        DraftVocabulary(ids, 9)
+
+
+@pytest.mark.parametrize(
+    "frequencies",
+    [torch.ones(3, 3), torch.tensor(3.0), torch.tensor([1.0, torch.nan]), np.array([1.0, -1.0])],
+)
+def test_frequencies_that_are_no_counts_are_refused(frequencies) -> None:
+    with pytest.raises(InvalidArgumentError, match="vector of finite numbers"):
+        DraftVocabulary.most_frequent(frequencies, 1)
 
 
 # -- heads -----------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -27,22 +28,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sparselogits.allowances import refuse
 from sparselogits.errors import InvalidArgumentError, reason_of
 from sparselogits.files import write_whole
 from sparselogits.identity import Identity
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.progress import Progress
 from sparselogits.store import Cache
+from sparselogits.store.bounds import LARGEST_VOCABULARY
 from sparselogits.store.ranges import spread
 from sparselogits.targets import SparseTargets
-from sparselogits.untrusted import open_regular, read_regular
+from sparselogits.untrusted import leads_outside, open_regular, read_regular
 from sparselogits.wording import counted
-
-LARGEST_VOCABULARY = 1 << 24
-"""Largest number of ids that a file may define."""
 
 _D2T, _T2D = "d2t", "t2d"
 _WEIGHTS = "model.safetensors"
+
+# what numpy.save writes for a vector; numpy's own parser evaluates the header as an expression
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<i8|<i4|\|b1)', 'fortran_order': (?:False|True), "
+    rb"'shape': \((\d{1,9}),\),? ?\} *\n",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +78,20 @@ class DraftVocabulary:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        ids = self.ids
-        if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
+        ids: Any = self.ids
+        plain = isinstance(ids, Tensor) and (ids.device.type, ids.layout) == ("cpu", torch.strided)
+        if not plain or ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
+            found = f"of type {type(ids).__name__}"
+            if isinstance(ids, Tensor):
+                found = f"of dtype {ids.dtype} and shape {tuple(ids.shape)} on {ids.device}"
             raise InvalidArgumentError(
-                f"a draft vocabulary has ids of dtype {ids.dtype} and shape {tuple(ids.shape)}; "
-                "expected a vector of at least one id, int64"
+                f"a draft vocabulary has ids {found}; expected a vector of at least one id, int64, "
+                "on the CPU"
+            )
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise InvalidArgumentError(
+                f"a draft vocabulary is for a teacher of {self.vocab_size:,} ids, expected at most "
+                f"{LARGEST_VOCABULARY:,}; give the number of the teacher's ids"
             )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocab_size:
@@ -167,8 +183,9 @@ class DraftVocabulary:
 
         Ids of padding rows, which a cache may have in addition to this vocabulary, are in class D.
         """
+        classes = self._classes.to(ids.device)
         known = ids < self.vocab_size
-        return torch.where(known, self._classes[ids.clamp(max=self.vocab_size - 1)], len(self))
+        return torch.where(known, classes[ids.clamp(max=self.vocab_size - 1)], len(self))
 
     def restrict(self, targets: SparseTargets) -> SparseTargets:
         """Return the targets for the D + 1 classes.
@@ -360,13 +377,17 @@ class DraftVocabulary:
         path = Path(path)
         single = path.suffix == ".safetensors"
         files = [path] if single else [path / f"{name}.npy" for name in (_D2T, _T2D)]
-        if any(file.exists() for file in files):
-            if DraftVocabulary.load(path).fingerprint == self.fingerprint:
-                return
-            raise InvalidArgumentError(
-                f"{path} has another draft vocabulary; give a new path, or remove it if no trained "
-                "head belongs to it"
-            )
+        try:
+            existing = DraftVocabulary.load(path)
+        except InvalidArgumentError:
+            if any(map(os.path.lexists, files)):
+                raise
+        else:
+            if existing != self:
+                raise InvalidArgumentError(
+                    f"{path} has another draft vocabulary; give a new path, or remove it if no "
+                    "trained head belongs to it"
+                )
         if single:
             write_whole(path, save({_D2T: self.d2t, _T2D: self.t2d}))
             return
@@ -381,18 +402,34 @@ class DraftVocabulary:
 
         Args:
             path: a safetensors file with `d2t` and `t2d` (a vocabulary or the weights of a
-                drafter), or a folder with d2t.npy and t2d.npy or with model.safetensors.
+                drafter), or a folder with d2t.npy and t2d.npy, with model.safetensors, or with
+                both, if they contain the same vocabulary.
 
         Raises:
-            InvalidArgumentError: a file is missing, damaged or no regular file, or `d2t` and `t2d`
-                contradict each other.
+            InvalidArgumentError: a file is missing, damaged, no regular file, or a link out of the
+                folder; or `d2t` and `t2d`, or two files, contradict each other.
         """
         path = Path(path)
-        if path.is_dir() and (path / f"{_D2T}.npy").exists():
-            d2t, t2d = (_read_npy(path / f"{name}.npy") for name in (_D2T, _T2D))
-        else:
-            d2t, t2d = _read_safetensors(path / _WEIGHTS if path.is_dir() else path)
-        return cls(_ids_of(d2t, t2d, path), len(t2d))
+        if not path.is_dir():
+            return _checked(_read_safetensors(path), path)
+        arrays, weights = [path / f"{name}.npy" for name in (_D2T, _T2D)], path / _WEIGHTS
+        if not any(map(os.path.lexists, arrays)):
+            _require_inside(weights, path)
+            return _checked(_read_safetensors(weights), weights)
+        for file in arrays:
+            _require_inside(file, path)
+        of_arrays = _checked(tuple(map(_read_npy, arrays)), path)
+        if os.path.lexists(weights):
+            _require_inside(weights, path)
+            tensors = _read_safetensors(weights, optional=True)
+            if tensors is not None and _checked(tensors, weights) != of_arrays:
+                raise InvalidArgumentError(
+                    f"{path} has two draft vocabularies that differ, in {_D2T}.npy and {_T2D}.npy "
+                    f"({of_arrays!r}) and in {_WEIGHTS} ({_checked(tensors, weights)!r}); expected "
+                    "one, that of the trained head. Remove the wrong files, or name the "
+                    "safetensors file"
+                )
+        return of_arrays
 
 
 def require_causal(*, masked: bool) -> None:
@@ -431,10 +468,37 @@ def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None 
 
 
 def _float64(frequencies: Tensor | np.ndarray) -> Tensor:
-    """Return a float64 copy; PyTorch warns about arrays that it shares and may not write."""
+    """Return a float64 copy on the CPU; PyTorch warns about arrays that it may not write.
+
+    Raises:
+        InvalidArgumentError: the values are no vector of non-negative numbers.
+    """
     if isinstance(frequencies, np.ndarray):
         frequencies = torch.from_numpy(frequencies.astype(np.float64))
-    return frequencies.double()
+    given = frequencies.double().cpu()
+    if given.dim() != 1 or not bool(((given >= 0) & given.isfinite()).all()):
+        raise InvalidArgumentError(
+            f"the frequencies have shape {tuple(given.shape)} and values from "
+            f"{given.min() if given.numel() else 0:g}; expected a vector of finite numbers of at "
+            "least 0, one per id of the teacher"
+        )
+    return given
+
+
+def _require_inside(path: Path, folder: Path) -> None:
+    """Raise InvalidArgumentError if a file in a folder is a link to a file outside of it."""
+    if leads_outside(path, folder):
+        error = InvalidArgumentError(
+            f"{path} is a link to {os.path.realpath(path)}, outside of its folder; copy the file "
+            "into the folder instead"
+        )
+        refuse(error, "linked-weights")
+
+
+def _checked(tensors: tuple[Tensor, ...], path: Path) -> DraftVocabulary:
+    """Return the draft vocabulary of d2t and t2d, which must not contradict each other."""
+    d2t, t2d = tensors
+    return DraftVocabulary(_ids_of(d2t, t2d, path), len(t2d))
 
 
 def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
@@ -444,13 +508,15 @@ def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
         InvalidArgumentError: the tensors have unexpected types or contradict each other.
     """
     integers = (torch.int64, torch.int32)
-    if d2t.dim() != 1 or t2d.dim() != 1 or t2d.dtype != torch.bool or d2t.dtype not in integers:
+    shaped = d2t.dim() == t2d.dim() == 1 and len(d2t) > 0
+    if not shaped or t2d.dtype != torch.bool or d2t.dtype not in integers:
         raise InvalidArgumentError(
             f"{path} has d2t of dtype {d2t.dtype} and shape {tuple(d2t.shape)}, and t2d of dtype "
             f"{t2d.dtype} and shape {tuple(t2d.shape)}; expected d2t int64 [draft ids] and t2d "
             "bool [ids of the teacher]"
         )
-    marked = t2d.nonzero().flatten()
+    # a file may have other bytes than 0 and 1, which PyTorch does not expect
+    marked = t2d.contiguous().view(torch.uint8).nonzero().flatten()
     ids = d2t.long() + torch.arange(len(d2t))
     if len(ids) == len(marked) and torch.equal(ids.sort().values, marked):
         return ids
@@ -473,25 +539,33 @@ def _read_npy(path: Path) -> Tensor:
         InvalidArgumentError: the file cannot be read, or has other contents.
     """
     try:
-        data = io.BytesIO(read_regular(path, 8 * LARGEST_VOCABULARY + 4096))
-        version = np.lib.format.read_magic(data)
-        if version != (1, 0):
-            raise ValueError(f"its format version is {version}, expected (1, 0)")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(data)
-        if dtype not in (np.dtype("<i8"), np.dtype("<i4"), np.dtype("?")) or len(shape) != 1:
-            raise ValueError(f"it has an array of dtype {dtype} and shape {shape}")
-        rest = data.read()
-        if len(rest) != shape[0] * dtype.itemsize:
-            raise ValueError(f"it has {len(rest)} bytes of data for {shape[0]} values")
-        if dtype == np.dtype("?"):
-            return torch.from_numpy(np.frombuffer(rest, np.uint8) != 0)
-        return torch.from_numpy(np.frombuffer(rest, dtype).copy())
-    except (OSError, ValueError, SyntaxError) as error:
+        data = read_regular(path, 8 * LARGEST_VOCABULARY + 4096)
+        header = _NPY_HEADER.match(data)
+        if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
+            found = data[10:110].partition(b"\n")[0].decode("latin-1").strip()
+            raise ValueError(
+                f"it has the header {found!r}, which is not that of a vector of int64, int32 or "
+                "bool in format 1.0, as numpy.save writes it"
+            )
+        kind, count = header[1].decode(), int(header[2])
+        rest = data[header.end() :]
+        if len(rest) != count * np.dtype(kind).itemsize:
+            raise ValueError(f"it has {len(rest)} bytes of data for {count} values")
+        return torch.from_numpy(np.frombuffer(rest, kind).copy())
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
 
-def _read_safetensors(path: Path) -> tuple[Tensor, Tensor]:
+@overload
+def _read_safetensors(path: Path) -> tuple[Tensor, Tensor]: ...
+@overload
+def _read_safetensors(path: Path, *, optional: bool) -> tuple[Tensor, Tensor] | None: ...
+def _read_safetensors(path: Path, *, optional: bool = False) -> tuple[Tensor, Tensor] | None:
     """Read `d2t` and `t2d` from a safetensors file.
+
+    Args:
+        path: the file.
+        optional: whether to return None for a file without these tensors.
 
     Raises:
         InvalidArgumentError: the file cannot be read, or lacks a tensor.
@@ -499,16 +573,19 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor]:
     try:
         os.close(open_regular(path))
         with safe_open(path, framework="pt") as file:
-            if not {_D2T, _T2D} <= set(file.keys()):
+            lacking = {_D2T, _T2D} - set(file.keys())
+            if optional and len(lacking) == 2:
+                return None
+            if lacking:
                 raise ValueError(
-                    "it lacks the tensors d2t and t2d, which drafters with a full vocabulary do "
-                    "not have"
+                    f"it lacks the tensors {' and '.join(sorted(lacking))}, which drafters with a "
+                    "full vocabulary do not have"
                 )
             largest = max(max(file.get_slice(n).get_shape(), default=0) for n in (_D2T, _T2D))
             if largest > LARGEST_VOCABULARY:
                 raise ValueError(f"it has {largest:,} ids, more than {LARGEST_VOCABULARY:,}")
             return file.get_tensor(_D2T), file.get_tensor(_T2D)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(path, error) from error
 
 

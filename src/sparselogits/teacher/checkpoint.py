@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparselogits.allowances import refuse
 from sparselogits.errors import TeacherError, reason_of
 from sparselogits.identity import canonical_json
-from sparselogits.untrusted import read_regular
+from sparselogits.untrusted import leads_outside, read_regular
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -304,12 +304,10 @@ def _weight_file(folder: Path, file: str, name: str, allow: Collection[str]) -> 
         raise TeacherError(
             f"the weight file {file[:80]!r} of {name!r} is {found}; download the model again"
         )
-    real, home = path.resolve(), folder.resolve()
-    hub = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if not real.is_relative_to(home) and (hub is None or not real.is_relative_to(hub)):
+    if leads_outside(path, folder):
         error = TeacherError(
-            f"{file[:80]!r} of {name!r} is a link to {real}, outside of the model's folder; copy "
-            "the file into the folder instead, or give the folder of the file"
+            f"{file[:80]!r} of {name!r} is a link to {path.resolve()}, outside of the model's "
+            "folder; copy the file into the folder instead, or give the folder of the file"
         )
         refuse(error, "linked-weights", allow)
     return path
