@@ -2,9 +2,9 @@
 
 A window is divided into units: tokens, words, or spans of geometric length. Each unit is chosen
 with a probability equal to the window's rate, so every token is chosen with that probability,
-whatever the units are. Of the chosen tokens, one share is replaced by the mask token, one share by
-a random token, and the remaining ones are not replaced. Special tokens, padding, and tokens that
-are not trained on are never chosen; special tokens are never used as a replacement.
+whatever the units are. One share of the chosen tokens is replaced by the mask token, one share by
+random tokens, and the rest is not replaced. Special tokens, padding, and tokens that are not
+trained on are never chosen; special tokens are never used as a replacement.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class TokenKinds:
     """Properties of a vocabulary's tokens that determine how the tokens are corrupted.
 
     A word begins at a token whose `begins` is true, and at a token whose `head` differs from the
-    previous token's `tail`, unless that tail is -1. Head and tail of all tokens are 0 if the
-    tokenizer does not separate words from punctuation, or marks both.
+    previous token's `tail`, unless that tail is -1. Head and tail of all tokens are 0 for WordPiece
+    tokenizers, where `begins` is true for punctuation as well, and for SentencePiece tokenizers,
+    where punctuation belongs to the word before.
 
     Args:
-        special: bool [V], true for ids that are special tokens or no tokens.
+        special: bool [V], true for special tokens and for ids that are not tokens.
         begins: bool [V], true for tokens that always begin a word; None if the tokenizer does not
             mark words.
         head: int8 [V], 1 for tokens that begin with punctuation or white space, else 0.
@@ -209,8 +210,8 @@ class Corruption:
         Args:
             tokens: int32 [L], original token ids.
             window_index: index of the window; together with the seed it determines the result.
-            learnt: bool [L], true for tokens that may be chosen: those that are trained on, and are
-                no padding; None if all tokens may.
+            learnt: bool [L], true for tokens that may be chosen, which excludes padding and tokens
+                that are not trained on; None if all tokens may.
             held_out: whether `window_index` counts held-out windows instead of training windows.
 
         Raises:

@@ -3,9 +3,9 @@
 transformers' attention infers document boundaries from position ids that restart. Many
 architectures ignore them: recurrent and hybrid models carry a state across the boundary; ALiBi and
 some learned positions depend on the position in the window. So `Documents.probe` runs a model on
-two short packed windows and compares the result with each document run alone. A model that keeps
-the documents independent runs packed windows; any other model runs each document as a separate
-sequence. Encoders, which attend to padding, do so with an attention mask.
+two short packed windows and compares the result with each document run alone. If both are equal,
+the model runs packed windows; any other model runs each document as a separate sequence. Encoders,
+which attend to padding, are given an attention mask then.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class Documents:
-    """Method by which a model runs packed windows so that documents stay independent.
+    """Method by which a model runs packed windows so that no document influences another.
 
     Args:
         model: name of the model's class, for messages.
@@ -159,7 +159,8 @@ def _run_apart(
         first = torch.tensor([start for start, _ in group])[:, None]
         sizes = torch.tensor([size for _, size in group])[:, None]
         columns = torch.arange(int(sizes.max()))[None]
-        # the last token of a document is repeated as padding, which is masked or comes too late
+        # padding repeats the last token of a document; it is masked, or causal attention does not
+        # read it
         source = (first + columns.minimum(sizes - 1)).to(device)
         not_padding = (columns < sizes).to(device)
         divided = {
@@ -189,7 +190,7 @@ def _reset_rotary(run: Forward, input_ids: Tensor) -> None:
 
 
 def _spans(position_ids: Tensor) -> list[tuple[int, int]]:
-    """Return (first index in the flattened batch, length) of every document."""
+    """Return the first index, in the flattened batch, and the length of every document."""
     is_start = position_ids.cpu() == 0
     is_start[:, 0] = True
     starts = [*is_start.flatten().nonzero().flatten().tolist(), is_start.numel()]
@@ -267,7 +268,7 @@ def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:
 
 
 def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tensor) -> bool:
-    """Return whether a packed pass gives the same states as `alone`, with documents independent."""
+    """Return whether a packed pass gives the states of `alone`, and no document affects another."""
     packed = run(input_ids=tokens, position_ids=positions)
     bound = _PACKED.get(alone.dtype, _PACKED_HALF)
     if packed.shape != alone.shape or not _distance(packed, alone) <= bound:
@@ -284,9 +285,9 @@ def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tenso
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the largest relative distance between two tensors' states at one position.
+    """Return the maximum over positions of the relative distance between two tensors of states.
 
-    In half precision this is the median over positions, because rounding may route a position to
+    In half precision the median is returned instead, because rounding may route a position to
     another expert, which changes its states completely.
     """
     half = one.dtype in (torch.float16, torch.bfloat16)
@@ -296,7 +297,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Return the sequence length above which rotary frequencies depend on it; None if never."""
+    """Return the length above which rotary frequencies depend on the length; None if never."""
     for name in ("rope_parameters", "rope_scaling"):
         for rope in _nested_dicts(getattr(config, name, None)):
             kind = rope.get("rope_type", rope.get("type"))

@@ -79,7 +79,7 @@ class MissingDependencyError(SparseLogitsError):
 
 
 class SparseLogitsWarning(UserWarning):
-    """Warning about a slower or larger fallback, or about a failed check that was allowed."""
+    """Issued if a fallback needs more time or memory, or if a check failed that may fail."""
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,7 +3,8 @@
 A file's bytes are written under a temporary name in the same folder, flushed and synced, and the
 file is renamed to its final name; then the folder is synced. So a reader gets either the old or the
 new file, even after a power failure, and a full disk changes nothing. A temporary name contains the
-id of its process, so that the next process that writes into the folder removes those of dead ones.
+id of its process, so that the next process that writes into the folder can remove the temporary
+files of dead processes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _FULL_ELSEWHERE = re.compile(
     r"No space left|Disk quota exceeded|file write failed|inline_container|PytorchStreamWriter"
     r"|iostream error"
 )
-"""Pattern for the messages of safetensors' and torch's write errors, which are no `OSError`."""
+"""Pattern of the messages with which safetensors and torch report a full disk without `OSError`."""
 
 
 def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:
@@ -107,7 +108,7 @@ def writing_whole(
 
 
 def take_name(source: Path, target: Path) -> bool:
-    """Link or rename a file to a name that does not exist yet; return whether it did not exist.
+    """Link or rename a file to a new name; return False if the new name exists already.
 
     With hard links the operation is exclusive among all processes, and the file also retains its
     old name. Without hard links it is exclusive only among this machine's callers of this function.
@@ -125,7 +126,7 @@ def take_name(source: Path, target: Path) -> bool:
 
 
 def move(source: Path, target: Path) -> bool:
-    """Rename a file or folder unless the new name exists; return whether it was renamed.
+    """Rename a file or folder; return False if the new name exists already.
 
     Raises:
         FileNotFoundError: `source` does not exist.
@@ -204,7 +205,7 @@ def require_new_folder(path: Path) -> None:
 
 
 def is_clutter(name: str) -> bool:
-    """Return whether a name is that of a file or folder that operating systems create."""
+    """Return whether a file or folder of this name was created by the operating system."""
     # .nfs files are placeholders for files that were removed while they were open
     return name in ("lost+found", ".DS_Store") or name.startswith(".nfs")
 
@@ -275,7 +276,7 @@ def temporary_name(path: Path) -> Path:
 def clean_leftovers(folder: Path) -> list[str]:
     """Remove the temporary files and folders of dead processes from a folder; return their names.
 
-    Files from other machines are removed if they have not changed for a day.
+    Temporary files from other machines are removed if they have not changed for a day.
     """
     removed = []
     try:
@@ -303,7 +304,10 @@ def is_leftover(name: str) -> bool:
 
 
 def _is_dead(path: Path, found: re.Match[str]) -> bool:
-    """Return whether the process in a temporary name is dead, or its id belongs to a later one."""
+    """Return whether the process that created a temporary file no longer runs.
+
+    For a process of another machine, this is assumed if the file has not changed for a day.
+    """
     host, pid, started = found[1], int(found[2]), found[3]
     if host == _host():
         return not _alive(pid) or (started not in (None, "0") and started != _started(pid))

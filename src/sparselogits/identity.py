@@ -27,11 +27,15 @@ CAUSAL_FORMAT, MASKED_FORMAT = 1, 2
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SNAPSHOT = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+?)/snapshots/")
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("teacher", "packing", "sampler", "codec"), dict),
-    **dict.fromkeys(("tokenizer", "token_mask"), str),
-    **dict.fromkeys(("vocab_size", "window_length", "windows_per_shard", "seed"), int),
-    "temperature": (int, float),
+_FIELD_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(
+        ("teacher", "packing", "sampler", "codec", "objective"), (dict, "a JSON object")
+    ),
+    **dict.fromkeys(("tokenizer", "token_mask"), (str, "a string")),
+    **dict.fromkeys(
+        ("vocab_size", "window_length", "windows_per_shard", "seed"), (int, "a whole number")
+    ),
+    "temperature": ((int, float), "a number"),
 }
 
 
@@ -76,7 +80,7 @@ class Identity:
 
     @cached_property
     def predicts(self) -> TokenObjective:
-        """Objective that states which tokens the positions of windows predict.
+        """Objective, which determines the token that each position of a window predicts.
 
         Raises InvalidArgumentError for an objective that is unknown to this library.
         """
@@ -121,12 +125,10 @@ class Identity:
         if set(value) != names:
             odd = sorted(names.symmetric_difference(value))
             raise damaged(f" has missing or unknown fields: {shown(odd)}")
-        for name, kind in _FIELD_TYPES.items():
-            if not isinstance(value[name], kind) or isinstance(value[name], bool):
-                raise damaged(f"'s {name} is {shown(value[name])}, which has the wrong type")
-        if version == MASKED_FORMAT and not isinstance(value["objective"], dict):
-            found = shown(value["objective"])
-            raise damaged(f"'s objective is {found}, where a JSON object is expected")
+        for name, (kind, expected) in _FIELD_TYPES.items():
+            wrong = name in names and not isinstance(value[name], kind)
+            if wrong or isinstance(value.get(name), bool):
+                raise damaged(f"'s {name} is {shown(value[name])}, expected {expected}")
         identity = cls(**{name: own for name, own in value.items() if name != "format_version"})
         try:
             identity.predicts  # noqa: B018

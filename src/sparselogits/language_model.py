@@ -89,7 +89,7 @@ class Parts:
 
     @contextmanager
     def without_product(self) -> Iterator[None]:
-        """Within a `with` block, replace the head by the identity to get hidden states."""
+        """Within a `with` block, replace the head, so that the model returns hidden states."""
         patched = self.head.__dict__.get("forward")  # set by libraries that patch an instance
         self.head.forward = lambda states: states
         try:
@@ -133,7 +133,10 @@ def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def masked_classes(config: Any) -> set[str]:
-    """Return the class names of masked language models in transformers and in remote code."""
+    """Return the class names of the masked language models in transformers, and in remote code.
+
+    Remote code is that to which the configuration's `auto_map` refers.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     def named(mapping: Any) -> set[str]:
@@ -251,9 +254,9 @@ def _measure_scale_and_softcap(
 
 
 def _configured_value(config: Any, measured: float) -> float:
-    """Return the configured number, or inverse of one, that equals a measured one up to rounding.
+    """Return a number of the configuration, or its inverse, that equals `measured` up to rounding.
 
-    Without a match, the measured number is returned.
+    If there is none, `measured` is returned.
     """
     values = config.to_dict().values() if hasattr(config, "to_dict") else vars(config).values()
     known = [float(v) for v in values if isinstance(v, float | int) and not isinstance(v, bool)]

@@ -28,7 +28,7 @@ class Held(Enum):
     SHARED = "shared"
     """This process holds a shared lock, and other processes may hold it as well."""
     TAKEN = "taken"
-    """This process does not hold the lock: another process does, or it was not acquired."""
+    """This process does not hold the lock: another one does, or `take` was not called."""
     UNSUPPORTED = "unsupported"
     """The file system or platform does not support locks."""
 

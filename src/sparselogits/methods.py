@@ -65,7 +65,7 @@ ONLINE = [name for name, method in METHODS.items() if method.online]
 
 
 def listed(names: list[str], last: str = "and") -> str:
-    """Join names into an enumeration such as `a, b and c`; `last` is the word before the last."""
+    """Join names into an enumeration such as `a, b and c`; `last` replaces the word `and`."""
     return f" {last} ".join(", ".join(names).rsplit(", ", 1))
 
 

@@ -182,7 +182,7 @@ class Masked:
     ) -> NDArray[np.int64]:
         """Return the original token at each chosen position, and `IGNORE_INDEX` elsewhere.
 
-        See `Causal.labels`; `document_starts` have no effect.
+        For the arguments see `Causal.labels`; `document_starts` has no effect.
         """
         labels: NDArray[np.int64] = tokens.astype(np.int64)
         if mask is not None:
@@ -204,11 +204,11 @@ class Masked:
 
 
 TokenObjective: TypeAlias = Causal | Masked
-"""Objective of a language model."""
+"""Objective of a causal or a masked language model."""
 
 
 def objective_from_json(value: Mapping[str, Any] | None) -> TokenObjective:
-    """Return the objective for the value in an identity, which is None for a causal model.
+    """Return the objective that an identity describes, which is causal if `value` is None.
 
     Raises InvalidArgumentError for values that `Masked.to_json` does not return.
     """

@@ -24,7 +24,7 @@ _FAILURES = (IndexError, RuntimeError, ValueError)
 
 
 def trained_positions(model: nn.Module) -> int | None:
-    """Return the number of positions that a model supports; None if its configuration lacks it."""
+    """Return the number of positions that a model supports; None if the model states none."""
     config = text_config(getattr(model, "config", None))
     for name in _NAMES:
         limit = getattr(config, name, None)

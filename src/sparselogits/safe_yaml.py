@@ -76,7 +76,7 @@ def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 
 def _integer(loader: _Loader, node: Any) -> int:
-    """Return an integer of bounded length, because converting digits takes quadratic time."""
+    """Return an integer of at most 64 digits, because the conversion takes quadratic time."""
     text = loader.construct_scalar(node)
     if len(text) > 64:
         raise _error(f"{shown(text)} has {len(text)} digits; expected at most 64", node)
@@ -92,7 +92,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Return the mapping of keys to values in a YAML file, called `what` in messages.
+    """Return the mapping of keys to values in a YAML file.
+
+    Args:
+        path: path of the file.
+        what: name of the kind of file in error messages, such as "the recipe".
 
     Raises:
         RecipeError: the file cannot be read, is larger than `LARGEST` bytes, is not YAML as
@@ -120,10 +124,11 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Return the value of a YAML document, called `what` in messages.
+    """Return the value of a YAML document, which error messages call `what`.
 
     Raises:
-        RecipeError: the text is not YAML of this form; the message contains the line and column.
+        RecipeError: the text is not YAML as described in this module's docstring; the message
+            contains the line and column.
     """
     try:
         return yaml.load(text, Loader=_Loader)

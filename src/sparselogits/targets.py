@@ -199,12 +199,7 @@ class SparseTargets:
         return ids, weights
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
-        """Return the targets on another device.
-
-        Args:
-            device: target device.
-            non_blocking: passed to `torch.Tensor.to`.
-        """
+        """Return the targets on a device; `non_blocking` is passed to `torch.Tensor.to`."""
         names = ("ids", "weights", "offsets", *(() if self.counts is None else ("counts",)))
         moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
         return replace(self, **moved, check=False)
@@ -300,12 +295,11 @@ class SparseTargets:
         )
 
     def mapped(self, image: Tensor, vocab_size: int) -> SparseTargets:
-        """Return the targets for the image of the distribution under a map of the ids.
+        """Replace each id by its image under a map, and add the entries with equal images.
 
-        Entries whose ids have the same image are added. The result is unbiased for the image of the
-        teacher's distribution if these targets are unbiased for the distribution, because the
-        probability of a class is the sum of the probabilities of its ids. Counts remain counts, and
-        the result can be thinned.
+        The probability of an image is the sum of the probabilities of its ids. So if these targets
+        are unbiased for the teacher's distribution, the result is unbiased for the distribution of
+        the images. Counts remain counts, and the result can be thinned.
 
         Args:
             image: int64 [V'], new id of each id, V' at least `self.vocab_size`.

@@ -8,6 +8,7 @@ the file.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 BOOLEANS = (1, 2)
@@ -21,7 +22,7 @@ class ThriftError(ValueError):
 
 
 class CompactReader:
-    """Reader of structures in Thrift's compact protocol, which raises ThriftError if it fails.
+    """Reader of structures in Thrift's compact protocol; raises ThriftError for invalid bytes.
 
     Args:
         data: encoded bytes.
@@ -40,8 +41,7 @@ class CompactReader:
         lists are skipped. `depth` is the number of structures around this one.
         """
         fields: dict[int, Any] = {}
-        number = 0
-        for number, kind in self._headers(depth):
+        for number, kind in self.fields(depth):
             if kind == STRUCT:
                 fields[number] = self.structure(depth + 1)
             elif kind in (LIST, SET):
@@ -51,14 +51,10 @@ class CompactReader:
                 fields[number] = self._scalar(kind, depth)
         return fields
 
-    def fields(self) -> Any:
-        """Yield (number, type) of each field; the caller must read or skip each value."""
-        return self._headers(0)
-
     def skip(self, kind: int, depth: int = 0) -> None:
         """Skip a value of the given type at the current offset, inside `depth` structures."""
         if kind == STRUCT:
-            for _, inner in self._headers(depth):
+            for _, inner in self.fields(depth):
                 self.skip(inner, depth + 1)
         elif kind in (LIST, SET):
             self._skip_elements(*self.list_header(), depth)
@@ -71,8 +67,11 @@ class CompactReader:
         count = header >> 4
         return header & 15, self._varint() if count == 15 else count
 
-    def _headers(self, depth: int) -> Any:
-        """Yield (number, type) of each field of the structure at the current offset."""
+    def fields(self, depth: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield (number, type) of each field of the structure at the current offset.
+
+        The caller must read or skip each value. `depth` is the number of structures around it.
+        """
         if depth > _DEEPEST:
             raise ThriftError(f"structures are nested deeper than {_DEEPEST} levels")
         number = 0

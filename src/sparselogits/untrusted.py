@@ -142,7 +142,7 @@ def read_json(path: str | Path, *, largest: int = LARGEST_JSON, most: int = MOST
 def printable(text: str, longest: int | None = None) -> str:
     """Return text with control characters, except tab and line feed, escaped (as `\\x1b`).
 
-    Of a text with more than `longest` characters, the middle is cut out.
+    The middle of a text with more than `longest` characters is cut out.
     """
     if longest is not None and len(text) > longest:
         half = longest // 2

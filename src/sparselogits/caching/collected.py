@@ -110,7 +110,7 @@ def import_collected(
         progress: called with the number of windows done.
 
     Raises:
-        InvalidTargetsError: a row is invalid; the message has the file and the row.
+        InvalidTargetsError: a row is invalid; the message contains the file and the row.
         CorpusError: the data cannot be read, or have too few tokens for a window.
         CacheError: `out` is a URL.
         StorageError: `out` cannot be written.
@@ -186,7 +186,11 @@ def import_collected(
 
 
 class _WindowCutter:
-    """Converter of a stream of rows to windows; buffers only the tokens of the unfinished window.
+    """Converter of a stream of rows to windows, which buffers only the unfinished window.
+
+    Args:
+        length: number of tokens per window.
+        whole_rows: whether each row must be one window.
 
     Attributes:
         rows: number of rows that were read.
@@ -198,7 +202,11 @@ class _WindowCutter:
         self._length, self._whole_rows = length, whole_rows
 
     def windows(self, sequences: Iterator[tuple[Collected, Where]]) -> Iterator[Collected]:
-        """Yield windows. Raises InvalidArgumentError for a row of the wrong length."""
+        """Yield the windows that the rows fill.
+
+        Raises:
+            InvalidArgumentError: a row is not a window, although `whole_rows` was set.
+        """
         waiting: list[Collected] = []
         for sequence, where in sequences:
             self.rows += 1
@@ -296,7 +304,7 @@ def _loss_and_entropy(window: Collected) -> tuple[float, float]:
 
 
 class _Row(NamedTuple):
-    """Columns of a row, its location, and whether it is normalised over the whole vocabulary."""
+    """Row of a file: its columns, its location, and whether its probabilities are normalised."""
 
     values: Mapping[str, Any]
     where: Where

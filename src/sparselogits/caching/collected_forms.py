@@ -196,7 +196,7 @@ def plain_row(
     """Convert a row to lists of ids and logprobs; return a row of any other format unchanged.
 
     Raises:
-        InvalidTargetsError: the row is invalid; the message has the file and the row.
+        InvalidTargetsError: the row is invalid; the message contains the file and the row.
     """
     if _OLD in values:
         fail(
@@ -225,7 +225,10 @@ def _unpacked(
             "the row is packed by DistillKit, but its settings are unknown",
             f"Put {SETTINGS} next to the files, or give the file (--compression-config)",
         )
-    count = _length(values, where)
+    tokens = values.get("input_ids")
+    if not isinstance(tokens, list):
+        fail(where, "the row has no list of input_ids; expected one next to the packed columns")
+    count = len(tokens)
     packed = _byte_rows(values, "compressed_logprobs", packing.value_bytes, where)
     ids = packing.ids(_byte_rows(values, "bytepacked_indices", packing.id_bytes, where))
     if len(packed) != len(ids) or len(ids) not in (count, count - 1):
@@ -259,7 +262,7 @@ def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, A
 
 
 def has_normaliser(values: Mapping[str, Any]) -> bool:
-    """Return whether a row's columns determine its probabilities, unlike unnormalised logits."""
+    """Return whether a row's columns determine its probabilities; unnormalised logits do not."""
     return not all(name in values for name in _LOGITS)
 
 
@@ -290,12 +293,9 @@ def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
 
 
 def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
-    """Read DistillKit's settings from the named file, or else from the folder of the data.
+    """Read DistillKit's settings from the file `named`; if it is None, from the folder of the data.
 
-    The result is None if the folder has no such file.
-
-    Raises:
-        CorpusError: a setting is invalid.
+    The result is None if the folder has no such file. Raises CorpusError for an invalid setting.
     """
     path = named or folder / SETTINGS
     return DistillKitPacking.read(path) if named or path.is_file() else None
@@ -307,14 +307,6 @@ def _lists(
     """Return a row with lists of ids and logprobs instead of the `replaced` columns."""
     rest = {name: value for name, value in values.items() if name not in replaced}
     return rest | {"topk_ids": ids, "topk_logprobs": logs}
-
-
-def _length(values: Mapping[str, Any], where: Where) -> int:
-    """Return the number of tokens in a row. Raises InvalidTargetsError."""
-    tokens = values.get("input_ids")
-    if not isinstance(tokens, list):
-        fail(where, "the row has no list of input_ids; expected one next to the packed columns")
-    return len(tokens)
 
 
 def _rows(values: Mapping[str, Any], name: str, where: Where) -> list[list[Any]]:

@@ -31,7 +31,7 @@ PROMPT = "prompt_logprobs"
 """Name of the column of ids and logprobs in vLLM's format."""
 
 MASS_TOLERANCE = 1e-3
-"""Largest excess over 1 of a sum of probabilities, which rounding to half precision may cause."""
+"""Largest allowed excess over 1 of a sum of probabilities that are rounded to half precision."""
 
 _IGNORED = ("window_index",)  # a column of `export --format topk`
 _EXPECTED = f"one of {', '.join(TOKENS)}, and " + " or ".join(
@@ -110,7 +110,7 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
     """Validate a row, and convert it to arrays with the k likeliest entries per position.
 
     Raises:
-        InvalidTargetsError: the row is invalid; the message has the file and the row.
+        InvalidTargetsError: the row is invalid; the message contains the file and the row.
     """
     raw, id_rows, log_rows = _parts(record, where)
     tokens = _numbers(raw, "iu", "token ids", where)
@@ -223,7 +223,7 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
 
 
 def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
-    """Convert numbers to an array; `kinds` are the allowed kinds of its dtype, as in "iu".
+    """Convert numbers to an array, whose `dtype.kind` must be one of the characters in `kinds`.
 
     Raises InvalidTargetsError for a value that is not a number of these kinds.
     """

@@ -37,7 +37,8 @@ NATS_WORSE_THAN_UNIFORM = 1.0
 def pilot_windows(corpus: PackedCorpus) -> list[Window]:
     """Read pilot windows, evenly spaced over the corpus.
 
-    If windows are padded, more of them are read, so that their text has about as many tokens.
+    If windows are padded, more windows are read, so that their text has about `PILOT_POSITIONS`
+    tokens.
     """
     length = corpus.packing.window_length
     count = max(1, PILOT_POSITIONS // length)
@@ -58,7 +59,7 @@ def resolve_budget(
 ) -> Sampler:
     """Return the sampler with its open fields fitted on pilot windows; see `Sampler.fitted`.
 
-    `how` has the build's `temperature`, `reset_attention` and `corruption`.
+    `how` contains the build's `temperature`, `reset_attention` and `corruption`.
     """
     if not sampler.left_open(budget):
         return sampler
@@ -68,9 +69,8 @@ def resolve_budget(
 def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:
     """Return the mean loss of the teacher on the first pilot windows, in nats.
 
-    One window suffices unless it has few positions with a target, as a padded one may have.
-
-    `how` has the build's `reset_attention` and `corruption`.
+    One window suffices, unless it is padded and has few positions with a target. `how` contains the
+    build's `reset_attention` and `corruption`.
 
     Raises:
         TeacherError: the loss is worse than that of uniform guessing, for example because the
@@ -136,7 +136,7 @@ def _slices(
     reset_attention: bool,
     corruption: Corruption | None = None,
 ) -> Iterator[PilotSlice]:
-    """Yield the teacher's logits at the positions of a window that have a target."""
+    """Yield the teacher's logits at all positions, or at those that a masked model predicts."""
     given = TeacherInput.of(window, corruption)
     text = given.inputs[: given.length]
     starts = [window.document_starts] if reset_attention else None

@@ -1,11 +1,11 @@
 """Map a window's targets from the teacher's tokens to those of a student with another tokenizer.
 
-Both tokenisations cut the same bytes. Where both have a boundary, a drawn token is a byte string
-that begins there, and the student's target is the distribution of the first student token of such
-byte strings. What follows a drawn token is known only if it is the token of the text: then the
-rounds that drew it are continued by the rounds cached at the next position, until the student's
-first token can no longer change or `followed` tokens are read. docs/theory.md, section 10, states
-what is estimated, and the bias that remains.
+Both tokenisations cut the same bytes. Where both have a boundary, every token that the teacher drew
+is a byte string that begins there, and the student's target is the distribution of the first
+student token of these byte strings. What follows a drawn token is known only if that token is the
+next token of the text: its rounds are then continued by the rounds cached at the next position,
+until the student's first token can no longer change or `followed` tokens of the text are read.
+docs/theory.md, section 10, states what is estimated, and the bias that remains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sparselogits.samplers.uniforms import retokenizing_uniforms
 from sparselogits.targets import SparseTargets, offsets_from_lengths
 
 FOLLOWED = 4
-"""Default number of tokens of the text by which the rounds that drew the text are continued."""
+"""Default for the largest number of tokens of the text through which a round is continued."""
 
 _RAGGED = 64  # largest number of bytes of a word that is left out at the end of a window
 
@@ -44,10 +44,10 @@ class Aligned:
         starts: int32, positions of the tokens that begin a document.
         learnt: bool [n], whether each position predicts a token of the window that the loss mask of
             the teacher's cache includes.
-        source: int64 [n], position of the teacher whose target belongs to each position; -1 where
-            the tokenisations share no boundary or the teacher has no target.
+        source: int64 [n], the teacher's position from whose target that of each position is
+            computed; -1 where the tokenisations share no boundary or the teacher has no target.
         begins: bool [n], whether the predicted token begins a document's text.
-        closed: int64 [n], index of the first byte after which the predicted token is settled.
+        closed: int64 [n], index of the byte after which text cannot change the predicted token.
         ends: int64 [L], index of the byte after each teacher token.
         text_bytes: number of bytes of text in the window, without special tokens.
         left_out: number of bytes at the edges of the window that no token of the student covers.
@@ -68,7 +68,7 @@ class _Part(NamedTuple):
     """Consecutive tokens of a student, with positions in the bytes of a window."""
 
     ids: _Ints
-    starts: _Ints  # -1 for tokens that are not at a place of the text
+    starts: _Ints  # -1 for tokens without a position in the text
     ends: _Ints
     words: _Ints
     opens: bool  # whether the first token begins a document
@@ -79,12 +79,12 @@ class _Part(NamedTuple):
 class _Stretch(NamedTuple):
     """Text between two special tokens, or one special token."""
 
-    data: bytes
-    at: int
-    opens: bool
-    begins: bool
-    special: int = -1
-    inserted: bool = False
+    data: bytes  # empty for a special token
+    at: int  # index of the first byte in the window
+    opens: bool  # see `_Part`
+    begins: bool  # see `_Part`
+    special: int = -1  # the student's id of the special token; -1 for text
+    inserted: bool = False  # see `_Part`
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +96,10 @@ class Retokenizer:
         student: tokenizer of the student.
         special: image of each special token of the teacher: an id of the student, or the bytes that
             it is spelled with (b"" for a token that is left out).
-        bos_id: id that is inserted before each document; None if documents have it already, or the
-            student has none.
-        followed: largest number of tokens of the text by which rounds are continued; 0 maps every
-            drawn token by itself.
+        bos_id: id that is inserted before each document; None if documents begin with it already,
+            or the student has no such token.
+        followed: largest number of tokens of the text through which a round is continued; 0 maps
+            every drawn token without what follows it.
         elsewhere: target of positions without a shared boundary: "text" for the token of the text
             with all rounds, which is cross-entropy; "none" for no target and no loss.
         width: number of columns in the teacher's head, which may exceed the number of its tokens.
@@ -226,7 +226,7 @@ class Retokenizer:
         return found, np.array(ends, np.int64)
 
     def _parts(self, stretches: Sequence[_Stretch], last: int) -> Iterable[_Part]:
-        """Yield the student's tokens of each stretch; bytes that are no text become byte tokens."""
+        """Yield the student's tokens of each stretch; invalid UTF-8 becomes byte tokens."""
         pieces = [_texts(own.data) for own in stretches]
         texts = [
             (text, own.begins and at == 0)
@@ -277,13 +277,7 @@ class Retokenizer:
         )
 
     def uniforms(self, aligned: Aligned, seed: int, window_index: int) -> _Floats:
-        """Return the uniforms for `targets`, float64 [n, max(1, followed)].
-
-        Args:
-            aligned: the window's alignment.
-            seed: random seed of the cache.
-            window_index: index of the window in the cache.
-        """
+        """Return the uniforms for `targets`, float64 [n, max(1, followed)] in [0, 1)."""
         shape = len(aligned.tokens), max(1, self.followed)
         return retokenizing_uniforms(seed, window_index, shape[0] * shape[1]).reshape(shape)
 
@@ -298,7 +292,8 @@ class Retokenizer:
             aligned: the window's alignment.
             tokens: L tokens of the teacher.
             given: the teacher's targets, of L positions.
-            uniforms: see `uniforms`; they choose the rounds that continue others.
+            uniforms: uniforms from the method `uniforms`, which choose the rounds that continue
+                others.
         """
         draws, images = _Draws.of(given), self._images[given.ids.numpy()].tolist()
         sums: list[_Sum] = []
@@ -340,9 +335,9 @@ class Retokenizer:
             aligned: the window's alignment.
             place: position of the student.
             draws: the teacher's draws in the window.
-            images: first student token of each entry's byte string by itself.
+            images: first student token of each entry's byte string, without what follows it.
             text: tokens of the teacher.
-            uniforms: one uniform per token by which rounds are continued.
+            uniforms: one uniform per token of the text through which rounds are continued.
         """
         at, begins, prefix = int(aligned.source[place]), bool(aligned.begins[place]), b""
         entries = draws.at(at)
@@ -383,7 +378,7 @@ class Retokenizer:
             entries = draws.continued(at, count, weight, float(uniforms[level]))
 
     def _continued(self, prefix: bytes, token: int, begins: bool, *, spaced: bool = False) -> int:
-        """Return the first student token of some bytes of the text and one drawn token."""
+        """Return the first student token of `prefix`, bytes of the text, and a drawn token."""
         image = self.special.get(token)
         if token in self.teacher.special and not isinstance(image, bytes):
             if prefix:  # the text ends before the special token
@@ -399,7 +394,7 @@ class Retokenizer:
 
     @cached_property
     def _images(self) -> _Ints:
-        """First student token of each teacher token's bytes by themselves, int64 [V]."""
+        """First student token of each teacher token's bytes, int64 [V]; -1 if there is none."""
         size = max(self.teacher.size, self.width)
         images = np.full(size, -1, np.int64)
         for token in range(self.teacher.size):
@@ -414,7 +409,7 @@ class _Sum:
     """Counts and weights of the student's tokens at one position.
 
     Args:
-        label: student token of the text, which receives what has no image.
+        label: student token of the text, to which entries without an image are added.
     """
 
     def __init__(self, label: int) -> None:
@@ -475,7 +470,7 @@ class _Draws:
         return [(e, self.ids[e], self.counts[e], self.weights[e]) for e in own]
 
     def continued(self, position: int, count: int, weight: float, uniform: float) -> list[_Entry]:
-        """Return the entries of a position, with the rounds and the weight of an earlier token.
+        """Return the entries of a position that continue the rounds of an earlier token.
 
         Of N rounds, `count` are kept, evenly spaced from a random start. Each round is kept with
         the same probability, so the expectation of the entries is the product of the expectations.
@@ -502,7 +497,7 @@ class _Draws:
 
 
 def _texts(data: bytes) -> list[tuple[int, str, bytes]]:
-    """Split bytes into text in UTF-8 and bytes that are not.
+    """Split bytes into text in UTF-8 and invalid bytes.
 
     Returns:
         (offset of the text, text, invalid bytes that follow it) per piece; the text may be empty.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from sparselogits.caching.pushforward import FOLLOWED, Aligned, Retokenizer
 from sparselogits.caching.text import packed_texts, require_room
@@ -28,7 +29,7 @@ from sparselogits.corpus import (
     require_tokenizer,
     tokenizer_fingerprint,
 )
-from sparselogits.corpus.packed import CorpusSummary, Paths, text_fingerprint
+from sparselogits.corpus.packed import Paths, text_fingerprint
 from sparselogits.corpus.streams import part_name, writing_parquet, writing_part
 from sparselogits.corpus.token_bytes import ROLES, TokenBytes
 from sparselogits.corpus.windows import text_length
@@ -52,7 +53,7 @@ RULE = 1
 
 _PILOT_WINDOWS = 256
 _MOST_PADDING = 1.25  # longest default window, relative to the mean
-_MULTIPLE = 8  # of which the default window length is a multiple
+_MULTIPLE = 8  # the default window length is rounded up to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -166,17 +167,23 @@ def retokenize(
     length = _window_length(source, convert) if window is None else window
     packing = replace(packing, window_length=length)
     hashed = tokenizer_fingerprint(ours)
+    described = {
+        str(i): own.decode() if isinstance(own, bytes) else own for i, own in images.items()
+    }
     made_from = {
         "cache": old.fingerprint,
         "rule": RULE,
         "followed": followed,
         "elsewhere": elsewhere,
-        "special": hashlib.sha256(canonical_json(_described(images))).hexdigest(),
+        "special": hashlib.sha256(canonical_json(described)).hexdigest(),
         "bos": convert.bos_id,
     }
     target = Cache.create(out, _identity(old, packing, str(hashed), student.size, made_from))
     how = {**made_from, "tokenizer": str(hashed), "window": length}
-    texts = [_text(own, how) for own in named_texts(source.storage)]
+    texts = [
+        replace(text, fingerprint=text_fingerprint(_source(text.fingerprint, how)))
+        for text in named_texts(source.storage)
+    ]
     for text in texts:
         claim_text(target.storage, text)
     if not is_url(out):
@@ -203,18 +210,13 @@ def conversion(
 ) -> tuple[Retokenizer, Packing]:
     """Return the retokenizer for a cache's windows, and the packing of the new windows.
 
-    `window_length` of the packing is a placeholder, which the caller replaces.
+    `window_length` of the packing is a placeholder, which the caller replaces. Arguments and errors
+    that are not listed are those of `retokenize`.
 
     Args:
         old: identity of the cache.
         theirs: tokenizer of the cache.
         ours: tokenizer of the student.
-        special: see `retokenize`.
-        followed: see `retokenize`.
-        elsewhere: see `retokenize`.
-
-    Raises:
-        InvalidArgumentError: see `retokenize`.
     """
     teacher = TokenBytes(theirs, "the tokenizer of the cache")
     student = TokenBytes(ours, "the student's tokenizer")
@@ -225,7 +227,7 @@ def conversion(
 
 
 def _named(tokenizer: Any) -> Any:
-    """Load a tokenizer that is given by name."""
+    """Return a tokenizer, which is loaded if it is given by name."""
     return load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
 
 
@@ -251,8 +253,9 @@ def _packing(
 ) -> tuple[Packing, dict[int, int | bytes], int | None]:
     """Return the packing of the new windows, the images of special tokens, and the id to insert.
 
-    A special token has the image that is given, or that of equal text; the separator and the
-    beginning-of-text token of the cache have those of the student; others that of equal role.
+    The image of a special token is, by precedence: the given one; for the separator and the
+    beginning-of-text token of the cache, that of the student; the student's special token of equal
+    text; that of equal role. The id is inserted before each document; None inserts nothing.
     """
     separator = old.packing.get("separator_id")
     theirs, bos = old.packing.get("bos_id"), student.bos_id
@@ -288,17 +291,12 @@ def _packing(
     return packing, images, bos if theirs is None else None
 
 
-def _described(images: Mapping[int, int | bytes]) -> dict[str, Any]:
-    """Return the images of special tokens as JSON values."""
-    return {str(i): own.decode() if isinstance(own, bytes) else own for i, own in images.items()}
-
-
 def _identity(
     old: Identity, packing: Packing, tokenizer: str, vocab_size: int, made_from: dict[str, Any]
 ) -> Identity:
     """Return the identity of the new cache."""
     codec = dict(old.codec)
-    if old.sampler.get("name") == Threshold.name:  # sums of weights are no longer at least tau
+    if old.sampler.get("name") == Threshold.name:  # mapped weights may be below tau
         codec = {"name": NAME, "version": ROUNDED, "weights": "float32", "rounding": STOCHASTIC}
     packed = packing.to_json()
     del packed["window_length"]
@@ -315,13 +313,8 @@ def _identity(
     )
 
 
-def _text(text: TextSpan, how: Mapping[str, Any]) -> TextSpan:
-    """Return a text of the cache in the tokens of the student."""
-    return replace(text, fingerprint=text_fingerprint(_source(text.fingerprint, how)))
-
-
 def _source(of: str, how: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description of a retokenized text."""
+    """Return the description of a retokenized text, given the fingerprint of the original text."""
     return {"fingerprint": of, "retokenized": dict(how)}
 
 
@@ -333,7 +326,7 @@ def _window_length(cache: Cache, convert: Retokenizer) -> int:
         own = convert.align(record.tokens.tolist(), record.document_starts.tolist(), record.mask)
         lengths.append(len(own.tokens))
     longest = float(max(lengths))
-    if cache.identity.packing.get("kind") != "documents":  # whose lengths vary, as those of texts
+    if cache.identity.packing.get("kind") != "documents":  # documents vary too much for this bound
         longest = min(longest, _MOST_PADDING * float(np.mean(lengths)))
     return max(2, -(-int(np.ceil(longest)) // _MULTIPLE) * _MULTIPLE)
 
@@ -343,10 +336,11 @@ def _window_length(cache: Cache, convert: Retokenizer) -> int:
 
 @dataclass
 class _Tally:
-    """Numbers of converted tokens.
+    """Numbers of converted tokens, counted window by window.
 
     Args:
         length: number of tokens per window.
+        report: counts of the windows so far.
     """
 
     length: int
@@ -370,7 +364,7 @@ class _Tally:
 
 
 def _without_padding(record: WindowRecord, identity: Identity) -> WindowRecord:
-    """Return a record of the cache whose window ends before its padding, which is no text."""
+    """Return a record of the cache without the padding at the end of its window."""
     starts, kind = record.document_starts, identity.packing.get("kind")
     end = text_length(kind, starts, len(record.tokens))
     if end is None:
@@ -394,8 +388,8 @@ def _padded(
         aligned: the alignment of the teacher's window.
         packing: packing of the new windows.
         index: index of the window.
-        carried: whether the mask leaves out positions without target, and not only those without
-            label.
+        carried: whether the mask excludes positions without a target, in addition to those without
+            a label.
     """
     length = packing.window_length
     count = min(len(aligned.tokens), length)
@@ -427,7 +421,7 @@ def _record(
     targets = SparseTargets(
         made.ids[kept],
         made.weights[kept],
-        offsets_from_lengths(_tensor(lengths)),
+        offsets_from_lengths(torch.from_numpy(lengths)),
         made.vocab_size,
         counts=None if made.counts is None else made.counts[kept],
         rounds=made.rounds,
@@ -452,13 +446,6 @@ def _record(
     )
 
 
-def _tensor(lengths: Any) -> Any:
-    """Return an array as a tensor."""
-    import torch
-
-    return torch.from_numpy(lengths)
-
-
 def _write_shards(
     source: Cache,
     target: Cache,
@@ -479,7 +466,7 @@ def _write_shards(
     done, total = 0, len(source)
     for start, stop in source.finished():
         existing = target.holds((start, stop))
-        records, windows = [], []
+        records = []
         for place in range(done, done + stop - start):
             old = _without_padding(source.read(place), source.identity)
             aligned = convert.align(old.tokens.tolist(), old.document_starts.tolist(), old.mask)
@@ -509,7 +496,7 @@ def _write_shards(
 def _write_texts(
     cache: Path, out: Path, convert: Retokenizer, packing: Packing, tokenizer: str, how: Any
 ) -> None:
-    """Write the packed texts of a cache, with the same documents held out."""
+    """Write the packed texts of a cache in the student's tokens, with the same hold-out."""
     for folder in packed_texts(cache):
         paths = Paths(out / folder.name)
         if paths.index.exists():
@@ -540,13 +527,8 @@ def _write_texts(
             holdout_tokens=held_out,
             holdout_dropped_tokens=0,
         )
-        _write_index(paths, training, held_out, summary)
-
-
-def _write_index(paths: Paths, training: int, held_out: int, summary: CorpusSummary) -> None:
-    """Write the index of a packed text, which completes it."""
-    index = {"training": [training], "holdout": [held_out], "summary": asdict(summary)}
-    write_whole(paths.index, canonical_json(index))
+        index = {"training": [training], "holdout": [held_out], "summary": asdict(summary)}
+        write_whole(paths.index, canonical_json(index))  # marks the text as complete
 
 
 def _windows(

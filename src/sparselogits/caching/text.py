@@ -41,9 +41,10 @@ class TextPlace(NamedTuple):
 
 
 def require_room(cache: Location) -> None:
-    """Validate that a new cache can be created: a folder is missing, empty or has packed text.
+    """Validate that a new cache can be created in a folder.
 
-    Raises CacheError for a file, or a folder with other content; a URL is not validated.
+    The folder may be missing, empty, or contain packed text. Raises CacheError for a file, or a
+    folder with other content; a URL is not validated.
     """
     if is_url(cache):
         return

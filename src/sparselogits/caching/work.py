@@ -44,7 +44,7 @@ class DrawSettings:
 
 @dataclass
 class _WindowInProgress:
-    """Results so far for one window, whose logits are computed in slices of positions."""
+    """Targets and sums of one window, collected while its slices of positions are computed."""
 
     targets: list[list[SparseTargets]]  # per draw, the targets of each slice
     nll: float = 0.0  # sum of the negative log-likelihoods of the labels, in nats
@@ -125,7 +125,7 @@ def _take_slice(
     draws: Sequence[DrawSettings],
     uniforms: Sequence[Tensor],
 ) -> None:
-    """Draw targets at a slice of positions, and add the results to those of the window.
+    """Sample targets at a slice of positions, and add the results to `current`.
 
     The logits [C, V] are those of the positions in the slice that carry a target.
     """

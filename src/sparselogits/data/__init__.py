@@ -1,4 +1,4 @@
-"""Read caches for training: datasets, a resumable order, and a collator."""
+"""Read caches for training, by datasets, a resumable order and a collator."""
 
 from sparselogits.data.collator import collate
 from sparselogits.data.dataset import CacheDataset, TextDataset, rounds_for_entries

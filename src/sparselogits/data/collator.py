@@ -60,7 +60,7 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def _stacked(rows: Sequence[Tensor], *, padding: int) -> Tensor:
-    """Stack tensors after padding them on the right to the longest one."""
+    """Pad tensors on the right to equal length, and stack them."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     return pad_sequence(list(rows), batch_first=True, padding_value=padding)

@@ -1,7 +1,8 @@
 """Define datasets of windows for torch's DataLoader and every Trainer.
 
-Tokens are stored with their targets, so no alignment is required. Position j of `targets` has the
-teacher's distribution of the token after position j, and `shift_labels[j]` is that token.
+Tokens are stored with their targets, so no alignment is required. For a causal teacher, position j
+of `targets` estimates the distribution of the token after position j, and `shift_labels[j]` is that
+token.
 """
 
 from __future__ import annotations
@@ -236,9 +237,9 @@ class CacheDataset(Dataset[CachedWindow]):
     ) -> SparseTargets:
         """Thin the targets of one teacher.
 
-        `shift` is an offset of the subset of rounds, as a share of the number of subsets. The
-        teachers of a window have different offsets, because with equal subsets the noise of similar
-        teachers would be correlated if their caches were drawn with the same seed.
+        `shift`, a share in [0, 1) of the number of subsets, is added to the index of the subset of
+        rounds. The teachers of a window have different shifts, because with equal subsets the noise
+        of similar teachers would be correlated if their caches were drawn with the same seed.
         """
         if rounds == targets.rounds:
             return targets
@@ -323,8 +324,8 @@ class TextDataset(Dataset[TextWindow]):
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     """Return the number of rounds to which targets must be thinned to meet a budget of entries.
 
-    The mean entries after thinning are as close as possible to the budget, as counted on eight
-    windows spread over the cache.
+    The mean entries after thinning are then as close as possible to the budget. They are counted on
+    eight windows that are spread over the cache.
 
     Args:
         dataset: dataset whose targets were drawn in rounds.

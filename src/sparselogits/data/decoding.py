@@ -11,7 +11,7 @@ from sparselogits.store import Cache, Location
 from sparselogits.targets import SparseTargets
 
 _LOCK = Lock()
-"""Lock for open shards, which are not thread-safe; databases may decode in several threads."""
+"""Lock for open shards, which are not thread-safe, as databases may decode in several threads."""
 
 
 def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> SparseTargets:

@@ -105,7 +105,7 @@ class DraftVocabulary:
             )
 
     def __len__(self) -> int:
-        """Return the number D of draft ids, which is also the class of all other ids."""
+        """Return the number D of draft ids, which is also the number of the class of other ids."""
         return len(self.ids)
 
     def __eq__(self, other: object) -> bool:
@@ -157,7 +157,7 @@ class DraftVocabulary:
 
     @property
     def d2t(self) -> Tensor:
-        """The teacher's id minus the draft id, for each draft id, int64 [D]."""
+        """Difference between the teacher's id and the draft id of each draft token, int64 [D]."""
         return self.ids - torch.arange(len(self))
 
     @property
@@ -169,7 +169,7 @@ class DraftVocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the ids in the order of the draft ids, which fixes the meaning of a head."""
+        """Hexadecimal sha256 of `ids`, whose order determines the token of each row of a head."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
     @cached_property
@@ -190,8 +190,8 @@ class DraftVocabulary:
     def restrict(self, targets: SparseTargets) -> SparseTargets:
         """Return the targets for the D + 1 classes.
 
-        Entries outside of the draft vocabulary are added to one entry of class D, also their
-        counts, so the result can be thinned.
+        Weights and counts of the entries outside of the draft vocabulary are added to one entry of
+        class D, so the result can be thinned.
 
         Args:
             targets: targets for the teacher's ids.
@@ -214,8 +214,8 @@ class DraftVocabulary:
             labels: int64, ids of the teacher or -100.
 
         Raises:
-            InvalidArgumentError: a label is not in this vocabulary, so the text is of another
-                tokenizer.
+            InvalidArgumentError: a label is not an id of the teacher, because the text was
+                tokenised by another tokenizer.
         """
         largest = int(labels.max()) if labels.numel() else 0
         if largest >= self.vocab_size:
@@ -255,7 +255,7 @@ class DraftVocabulary:
         return whole
 
     def coverage(self, frequencies: Tensor | np.ndarray) -> float:
-        """Return the share of the draft vocabulary in the sum of the frequencies of all ids.
+        """Return the share of the draft ids in the total frequency of all ids, in [0, 1].
 
         Args:
             frequencies: number of occurrences or probability mass of each id, [V].
@@ -280,10 +280,10 @@ class DraftVocabulary:
 
         Args:
             vocab_size: number of the teacher's ids.
-            owner: name of what has these ids, for the message.
+            owner: name of the teacher for the message, such as "the teacher of the cache".
 
         Raises:
-            InvalidArgumentError: a draft id is not one of them.
+            InvalidArgumentError: a draft id is not below `vocab_size`.
         """
         if int(self.ids.max()) >= vocab_size:
             raise InvalidArgumentError(
@@ -370,8 +370,8 @@ class DraftVocabulary:
                 checkpoints; otherwise a folder for d2t.npy and t2d.npy, as speculators reads them.
 
         Raises:
-            InvalidArgumentError: there is another draft vocabulary at `path`. A trained head is
-                useless with another vocabulary than its own, so it is not replaced.
+            InvalidArgumentError: there is another draft vocabulary at `path`; it is not replaced,
+                because a trained head may belong to it.
             StorageError: a file cannot be written.
         """
         path = Path(path)
@@ -433,11 +433,7 @@ class DraftVocabulary:
 
 
 def require_causal(*, masked: bool) -> None:
-    """Validate that a draft vocabulary is not combined with windows for a masked language model.
-
-    Raises:
-        InvalidArgumentError: the windows are for a masked language model.
-    """
+    """Raise InvalidArgumentError if a draft vocabulary is used with windows of a masked model."""
     if masked:
         raise InvalidArgumentError(
             "a draft vocabulary was given with windows for a masked language model; only causal "
@@ -449,8 +445,8 @@ def require_causal(*, masked: bool) -> None:
 def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None = None) -> Tensor:
     """Return the sum of the cached target weights of each id, float64 [V].
 
-    The expectation is proportional to the mean probability of the id under the teacher, if the
-    cache is unbiased. Unlike the frequencies of the text, only positions with a target count.
+    If the cache is unbiased, the expectation of the sum is proportional to the mean probability
+    that the teacher gives to the id at the positions with a target.
 
     Args:
         cache: the cache.
@@ -468,10 +464,12 @@ def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None 
 
 
 def _float64(frequencies: Tensor | np.ndarray) -> Tensor:
-    """Return a float64 copy on the CPU; PyTorch warns about arrays that it may not write.
+    """Return frequencies as a float64 tensor on the CPU.
+
+    Arrays are copied, because PyTorch warns about shared arrays that are not writable.
 
     Raises:
-        InvalidArgumentError: the values are no vector of non-negative numbers.
+        InvalidArgumentError: the frequencies are not a vector of non-negative numbers.
     """
     if isinstance(frequencies, np.ndarray):
         frequencies = torch.from_numpy(frequencies.astype(np.float64))
@@ -533,7 +531,7 @@ def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
 
 
 def _read_npy(path: Path) -> Tensor:
-    """Read a vector of int64, int32 or bool from a .npy file, in memory bounded by its size.
+    """Read a vector of int64, int32 or bool from a .npy file, in bounded memory.
 
     Raises:
         InvalidArgumentError: the file cannot be read, or has other contents.

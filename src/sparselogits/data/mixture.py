@@ -31,8 +31,8 @@ from sparselogits.untrusted import shown
 Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Literal["best"]
 """Weights of several teachers.
 
-One number per teacher; or one row of such numbers per text or per window; or "best", which selects
-the teacher with the lowest loss in each window.
+These are one number per teacher, or one row of such numbers per text or per window, or "best",
+which selects the teacher with the lowest loss in each window.
 """
 
 _COMPARED_WINDOWS = 8  # windows whose text is compared when a mixture is created
@@ -145,7 +145,7 @@ class Mixture:
         """Return the i-th window as a (weight, record) pair per teacher with a positive weight.
 
         Raises:
-            CacheCorruptionError: a cache is damaged; the message has the file.
+            CacheCorruptionError: a cache is damaged; the message contains the file.
             IdentityMismatchError: the text of the window differs between the caches.
         """
         first = self.caches[0].read(i)

@@ -25,7 +25,7 @@ _FEISTEL_ROUNDS = 6
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """Request for a window and the thinning of its targets; yielded by `WindowSampler`.
+    """Request of `WindowSampler` for a window, with its targets thinned to a number of rounds.
 
     Args:
         index: index of the window in the dataset.

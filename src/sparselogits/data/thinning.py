@@ -30,7 +30,7 @@ class Stage:
     until_step: int | None = None
 
     def ends(self, steps: int) -> float:
-        """Return the first step after the stage in a training of `steps` optimiser steps.
+        """Return the first step after the stage, if training takes `steps` optimiser steps.
 
         The result is infinite for a stage without an end.
         """
@@ -116,7 +116,7 @@ class Schedule:
 
 
 def require_round_each(rounds: int, teachers: int) -> None:
-    """Validate that the rounds of a window include one per teacher. Raises InvalidArgumentError."""
+    """Validate that there is at least one round per teacher. Raises InvalidArgumentError."""
     if rounds < teachers:
         raise InvalidArgumentError(
             f"rounds={rounds}: a window mixes {teachers} teachers, each of which requires at "
@@ -150,7 +150,7 @@ class Pace:
 
 
 def _require_sound(stage: Stage, *, last: bool) -> None:
-    """Validate a stage; only the last stage may lack an end. Raises InvalidArgumentError."""
+    """Validate a stage; only the last one may lack an end. Raises InvalidArgumentError."""
     if stage.rounds < 1:
         raise InvalidArgumentError(
             f"a stage has at least one round, found {stage.rounds}; give a positive number"

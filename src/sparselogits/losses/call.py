@@ -169,7 +169,7 @@ def _needs(tensor: Tensor | None) -> bool:
 
 
 def _as_autocast_would(operands: Operands) -> Operands:
-    """Cast operands as autocast does for `F.linear`; do not cast logits."""
+    """Cast operands as autocast does for `F.linear`; logits are not cast."""
     input, weight, bias = operands  # noqa: A001
     device = input.device.type
     if weight is None or not torch.is_autocast_enabled(device):

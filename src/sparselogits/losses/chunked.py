@@ -1,7 +1,7 @@
 """Compute a loss and its gradients one chunk of rows at a time.
 
 Each chunk takes the same three matrix products as autograd: logits = x W^T, then, with the gradient
-g written over the logits, dx = g W and dW += g^T x. docs/loss.md has the memory.
+g written over the logits, dx = g W and dW += g^T x. docs/loss.md states the memory.
 
 For bfloat16 and float16, softmax, sums and losses are float32. On CUDA the products also return
 logits and weight gradients in float32. PyTorch has no such products on a CPU: logits and each
@@ -94,7 +94,9 @@ def _of_head(
     kept = _kept_dtype(input.dtype)
     d_input = torch.empty_like(input, dtype=kept) if needs[0] else None
     d_weight = _weight_gradient(weight, kept, chunks=-(-N // rows)) if needs[1] else None
-    rounded = torch.empty_like(weight) if _is_rounded(d_weight, weight) else None
+    # on a CPU, each chunk's contribution is computed in the weight's dtype
+    rounds = d_weight is not None and d_weight.dtype != weight.dtype and weight.device.type == "cpu"
+    rounded = torch.empty_like(weight) if rounds else None
     d_bias = row_weight.new_zeros(V) if needs[2] else None
     for start in range(0, N, rows):
         stop = min(start + rows, N)
@@ -187,7 +189,7 @@ def _sparse_sums(
 
 
 def _schema() -> str:
-    """Return the operator's schema; its arguments are the fields of three value classes."""
+    """Return the operator's schema: the fields of three classes, `with_ce` and `needs`."""
     types = {"float": "float", "float | None": "float?", "int": "SymInt", "int | None": "SymInt?"}
     tensors = [
         f"Tensor{'?' if name in value._field_defaults else ''} {name}"
@@ -202,7 +204,7 @@ def _schema() -> str:
 def _unflattened(
     arguments: Iterable[Any],
 ) -> tuple[Operands, RowTargets, Criterion, bool, Needs]:
-    """Rebuild the value classes from their fields, which are the operator's arguments in order."""
+    """Return the operator's arguments as instances of the classes whose fields they are."""
     left = iter(arguments)
     operands = Operands(*(next(left) for _ in Operands._fields))
     targets = RowTargets(*(next(left) for _ in RowTargets._fields))
@@ -289,12 +291,6 @@ def _weight_gradient(weight: Tensor, kept: torch.dtype, chunks: int) -> Tensor:
         return torch.zeros_like(weight, dtype=kept)
     low = weight.dtype in _LOW_PRECISION and chunks > 1
     return torch.empty_like(weight, dtype=torch.float32 if low else kept)
-
-
-def _is_rounded(gradient: Tensor | None, weight: Tensor) -> bool:
-    """Return whether each chunk's contribution to the weight's gradient is rounded."""
-    on_cpu = weight.device.type == "cpu"
-    return gradient is not None and gradient.dtype != weight.dtype and on_cpu
 
 
 def _product(

@@ -23,13 +23,13 @@ Implementation = Literal["auto", "chunked", "triton", "reference"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """Options of the loss; `sparselogits.losses.criterion` has the formula.
+    """Options of the loss, whose formula is in the docstring of `sparselogits.losses.criterion`.
 
     Args:
         alpha: share of the cross-entropy to labels, in [0, 1]. A positive share requires labels.
         missing_mass: rule for the probability mass that a biased target (top-k, top-p) lacks:
             "drop", "renormalise", "smooth", "ghost" or "ground_truth";
-            `sparselogits.losses.targets` has the formulas. Unbiased targets require "drop".
+            `sparselogits.losses.targets` defines them. Unbiased targets require "drop".
         logit_scale: factor of the raw logits (Cohere's `logit_scale`, 1 / Granite's
             `logits_scaling`).
         logit_softcap: bound of the scaled logits (Gemma's `final_logit_softcapping`), positive;

@@ -211,7 +211,7 @@ def linear_dense_kd(
 
 @dataclass(frozen=True)
 class _DenseLosses:
-    """Losses of a dense teacher for any divergence; implements `chunked.ChunkLosses`."""
+    """Callable that computes losses of a dense teacher; implements `chunked.ChunkLosses`."""
 
     teacher: TeacherHead
     divergence: Divergence

@@ -3,7 +3,7 @@
 `linear_sparse_cross_entropy` takes the input and weight of the head, so that logits exist for only
 one chunk of rows at a time; `sparse_cross_entropy` takes logits. Both resemble
 `linear_cross_entropy` and `cross_entropy` of `torch.nn.functional`. The teacher's targets are
-sparse, so no tensor for them has the vocabulary's size.
+sparse, so none of their tensors has a vocabulary dimension.
 """
 
 from __future__ import annotations

@@ -35,8 +35,11 @@ from sparselogits.losses.rows import SparseLosses, Vocabulary
 class VocabularySlice(Vocabulary):
     """Reductions and indexing of logits whose columns are divided among a group's ranks.
 
-    The first column of this rank has the id `first_id`; the slices of all ranks cover the
-    vocabulary.
+    The slices of all ranks cover the vocabulary.
+
+    Args:
+        first_id: id of this rank's first column.
+        group: process group of the ranks; None for all ranks.
     """
 
     first_id: int

@@ -67,7 +67,7 @@ WHOLE = Vocabulary()
 
 @dataclass(frozen=True)
 class SparseLosses:
-    """Losses of sparse targets, computed by PyTorch; implements `chunked.ChunkLosses`."""
+    """Callable that computes losses of sparse targets; implements `chunked.ChunkLosses`."""
 
     targets: RowTargets
     criterion: Criterion
@@ -111,7 +111,7 @@ def row_losses_(
     with_grad: bool,
     vocabulary: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the unweighted losses kd and ce of R rows, [R]; replace `logits` by their gradient.
+    """Return the unweighted losses kd and ce of R rows, [R] each; replace logits by the gradient.
 
     Args:
         logits: raw logits [R, V], in the dtype of the targets' weights; overwritten with
@@ -169,15 +169,13 @@ def transform_(
 
 
 class _Softmax(NamedTuple):
-    """Values needed for losses and gradients after logits have been replaced by their softmax.
+    """Values that losses and gradients need after the logits have been replaced by their softmax.
 
     The softmax is over all ids; with a ghost class, over all ids that are not stored. Logits are
     relative to the row's maximum over all ids.
     """
 
-    values: (
-        Tensor | None
-    )  # logits of the stored ids, 0 at padding, [R, E]; None without the KD part
+    values: Tensor | None  # logits of stored ids, 0 at padding, [R, E]; None without the KD part
     label_value: Tensor | None  # logit of the label, [R, 1]; None without ce
     log_rest: Tensor  # logsumexp over the ids of the softmax, [R, 1]
     log_sum: Tensor  # logsumexp over all ids, [R, 1]

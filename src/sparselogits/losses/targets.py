@@ -60,9 +60,9 @@ def place_missing_mass(
     rule: MissingMass,
     vocab_size: int,
 ) -> RowTargets:
-    """Apply a missing-mass rule to ids and weights [N, K], whose other arguments are [N].
+    """Apply a missing-mass rule to targets with ids and weights [N, K], row weights and labels [N].
 
-    Weights and row weights are converted to the accumulation dtype, that of `row_weight`.
+    Weights are converted to the accumulation dtype, which is that of `row_weight`.
     """
     # Excluded rows may contain NaN: their weights are set to 0.
     weights = torch.where((row_weight != 0)[:, None], weights.to(row_weight.dtype), 0.0)

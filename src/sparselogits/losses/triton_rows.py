@@ -37,9 +37,9 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class TritonLosses:
-    """Losses of sparse targets, by one kernel launch per chunk; implements `chunked.ChunkLosses`.
+    """Callable that computes losses of sparse targets by one kernel launch per chunk.
 
-    Raises InvalidArgumentError if the targets are float64, as they are for float64 input.
+    It implements `chunked.ChunkLosses`. Raises InvalidArgumentError for float64 input.
     """
 
     targets: RowTargets

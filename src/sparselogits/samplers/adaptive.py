@@ -67,7 +67,7 @@ class NamedSignal:
 
 @dataclass(frozen=True)
 class Adaptive(Sampler):
-    """Sampler of systematic rounds; their number and proposal depend on a student.
+    """Sampler of systematic rounds whose number and proposal depend on a student.
 
     Args:
         signal: the student's learning signal: `StudentSignal.of(student)`, or a `NamedSignal`, for
@@ -78,8 +78,8 @@ class Adaptive(Sampler):
             pilot windows, which is computed when a cache is created.
         position_power: the number of rounds is proportional to the signal to this power; with 0
             every position gets the same number.
-        token_power: exponent of norm_i in the proposal (see the module); with 0 the proposal is the
-            teacher's distribution.
+        token_power: exponent of norm_i in the proposal (see the module's docstring); with 0 the
+            proposal is the teacher's distribution.
 
     Examples:
         >>> from sparselogits.samplers import StudentSignal

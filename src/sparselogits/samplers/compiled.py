@@ -26,10 +26,14 @@ import torch
 from torch import Tensor
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Largest logits [P, 1]; shifts [P, 1]; sums of weights [P, B]; sums of weights times exponents."""
+"""Largest logits [P, 1], shifts [P, 1], sums of weights [P, B], and sums of weights times exponents
+[P, B], which are None if they are not requested."""
 
 WORTHWHILE = 2**26
-"""Number of logits after which a process compiles the function; PyTorch samples them in 0.1 s."""
+"""Number of logits after which a process compiles the function.
+
+PyTorch samples from this number of logits in 0.1 s.
+"""
 
 _SOURCE = Path(__file__).with_name("block_sums.c")
 # Compiler options by the instruction set of PyTorch's kernels; others lack fused multiply-add.
@@ -93,7 +97,10 @@ class Library:
 
 
 def library_for(logits: Tensor) -> Library | None:
-    """Return the library for float32 logits on a CPU; None for others, or too few so far."""
+    """Return the compiled library for float32 logits on a CPU, and None for other logits.
+
+    The result is also None until the process has passed `WORTHWHILE` logits to this function.
+    """
     global _sampled
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         return None

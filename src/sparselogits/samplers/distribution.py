@@ -5,9 +5,9 @@ into blocks of 64 ids. `Blocks.of` sums the weights of each block in float32 (po
 `torch.exp2` takes a third of the time of `torch.exp` on a CPU), and again in float64 where an
 accuracy of 1e-9 requires it. `Blocks.tokens_at` searches the running block sums, which are integers
 so that every device and batch size gives the same result, and computes float64 weights only for the
-blocks that it finds. docs/theory.md has the accuracy, and benchmarks/sampling.py the time.
+blocks that it finds. docs/theory.md states the accuracy; benchmarks/sampling.py measures the time.
 
-Memory beyond the logits on a CPU: 2 MiB of float32 weights, and 24 bytes per block for 64
+Memory beyond the logits on a CPU: 2 MiB of float32 weights, and 24 bytes per block at each of 64
 positions. A vocabulary whose size is not a multiple of 64 is padded, 64 positions at a time.
 """
 
@@ -34,8 +34,7 @@ POSITIONS_AT_ONCE = 64
 """Number of positions whose block sums are in memory together on a CPU."""
 
 LARGEST_LOGIT = 2.0**24
-"""Largest valid magnitude of a row's largest logit; float32 cannot represent the shifts of others.
-"""
+"""Largest valid magnitude of a row's largest logit; float32 cannot represent larger shifts."""
 
 _TINY = torch.finfo(torch.float64).tiny
 _LOG2_E = 1 / math.log(2)
@@ -152,7 +151,10 @@ class Blocks:
         return ((1 - self.exponent) * logits + normaliser).exp()
 
     def edges(self) -> tuple[Tensor, Tensor]:
-        """Return running block sums in fixed point, int64 [R, B] below 2**62, and the scale."""
+        """Return the running sums of the blocks in fixed point, and the factor that scaled them.
+
+        The sums are int64 [R, B] below 2**62; the factor is float64 [R, 1].
+        """
         exponent = torch.frexp(self.total).exponent
         scale = torch.ldexp(torch.ones_like(self.total), 61 - exponent)
         return (self.sums * scale).round_().to(torch.int64).cumsum(-1), scale

@@ -34,7 +34,7 @@ class _Head(Sampler):
         return Stored.floats()
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return 1 plus a tolerance, because imported probabilities may have half precision."""
+        """Return 1 plus a tolerance, as imported probabilities may be rounded to half precision."""
         return 1 + 2 * ROUNDING
 
 

@@ -62,7 +62,10 @@ class DrawnInRounds(Sampler):
 
     @abstractmethod
     def points(self, uniforms: Tensor) -> Tensor:
-        """Return the levels of the cumulative proposal to draw at, [P, N] ascending in (0, 1]."""
+        """Return the levels of the cumulative proposal at which tokens are drawn.
+
+        The result is float64 [P, N], ascending in (0, 1].
+        """
 
     @abstractmethod
     def inclusion(self, proposal: Tensor) -> Tensor:
@@ -73,7 +76,10 @@ class DrawnInRounds(Sampler):
         return pilot.entries(self.inclusion, self.proposal_exponent)
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return the bound on importance weights: p ** (1 - e) * sum(p ** e), e the exponent."""
+        """Return the largest valid sum of a position's weights; see `Sampler.most_mass`.
+
+        A weight is p ** (1 - e) * sum(p ** e) times its count / N, with e the proposal exponent.
+        """
         ids, exponent = float(vocab_size), self.proposal_exponent
         if exponent <= 1:  # by Hoelder's inequality
             return float(ids ** (1 - exponent)) * (1 + ROUNDING)

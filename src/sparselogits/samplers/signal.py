@@ -69,9 +69,6 @@ class StudentSignal:
     def load(cls, named: NamedSignal) -> StudentSignal:
         """Load the student that a recipe or a cache names, and return its signal.
 
-        Args:
-            named: description of the signal.
-
         Raises:
             InvalidArgumentError: the description names no checkpoint.
             IdentityMismatchError: the checkpoint's weights differ from the recorded fingerprint.

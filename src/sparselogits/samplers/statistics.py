@@ -2,7 +2,8 @@
 
 A cache stores the teacher's loss and entropy next to the targets. For a teacher with 135 M
 parameters and V = 49 152, computing them from log-probabilities takes a tenth of the time of the
-forward pass; here, while the weights of `Blocks` are in the processor's cache, a two-hundredth.
+forward pass. Computing them here, while the weights of `Blocks` are in the processor's cache, takes
+a two-hundredth.
 """
 
 from __future__ import annotations

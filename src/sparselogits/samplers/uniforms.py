@@ -101,13 +101,7 @@ def corruption_uniforms(
 
 
 def retokenizing_uniforms(seed: int, window_index: int, count: int) -> NDArray[np.float64]:
-    """Return uniforms that choose rounds when a window is retokenized, float64 [count] in [0, 1).
-
-    Args:
-        seed: random seed of the cache, in [0, 2**64).
-        window_index: index of the window in the corpus, in [0, 2**64).
-        count: number of uniforms.
-    """
+    """Return uniforms that choose rounds while a window is retokenized, float64 [count]."""
     return _unit_interval(_words(seed, window_index, _RETOKENIZING, count))
 
 

@@ -36,19 +36,21 @@ LARGEST_WINDOW = 1 << 24
 FREE_ENTRIES = 1 << 20
 """Number of entries that windows decoded together may have, however small their blocks are.
 
-Constant targets take almost no bits, such as those of an untrained teacher whose tokens are all
-equally likely.
+Equal targets at all positions, as those of an untrained teacher, take almost no bits.
 """
 
 ENTRIES_PER_BYTE = 16
-"""Largest number of entries per byte of blocks, beyond FREE_ENTRIES; typical targets have one."""
+"""Number of entries per byte of their blocks that windows may have in addition to FREE_ENTRIES.
+
+Typical targets have one entry per byte.
+"""
 
 LARGEST_LOSS = 1e6
 """Largest allowed mean loss of the teacher on a window, in nats."""
 
 
 class DamageError(ValueError):
-    """Error for bytes that no valid shard contains; the caller adds the file and row."""
+    """Raised for bytes that no valid shard contains; the caller adds the file and the row."""
 
 
 def entries_bound(block_bytes: int) -> int:
@@ -80,10 +82,10 @@ def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> flo
 
 
 def require_bounds(identity: Identity, where: str) -> None:
-    """Validate the sizes in the identity of a cache, which messages name as `where`.
+    """Validate the sizes in the identity of a cache, which error messages call `where`.
 
     Raises:
-        CacheError: a field is out of bounds; the message has its name, value and bounds.
+        CacheError: a field is out of bounds; the message contains its name, value and bounds.
     """
     codec, sampler = identity.codec, identity.sampler
     for name, value, least, most in (

@@ -178,7 +178,7 @@ class Cache:
         return inside(self.root, name)
 
     def provenance(self, start: int) -> dict[str, Any]:
-        """Return the provenance of the shard that contains the window with that corpus index.
+        """Return the provenance of the shard that contains the window with the index `start`.
 
         Raises:
             CacheError: no shard contains the window.
@@ -209,7 +209,7 @@ class Cache:
 
         Raises:
             IndexError: the cache has fewer windows.
-            CacheCorruptionError: the shard is damaged; the message has the file and the row.
+            CacheCorruptionError: the shard is damaged; the message contains the file and the row.
             StorageError: the shard cannot be reached.
         """
         shard_range, row = self._locate(i)
@@ -234,7 +234,9 @@ class Cache:
     def statistics_by_text(
         self, texts: Sequence[TextSpan]
     ) -> tuple[CacheStatistics, list[CacheStatistics]]:
-        """Compute the statistics of the cache and of some of its texts; each footer is read once.
+        """Return the statistics of the cache, and those of some of its texts.
+
+        Each footer is read once.
 
         Raises:
             CacheCorruptionError: a shard is damaged.
@@ -260,7 +262,7 @@ class Cache:
         return CacheStatistics.total(list(shards.values())), by_text
 
     def entries_per_position(self, shards: int = 4) -> float:
-        """Estimate the mean entries per position with a target from the footers of some shards."""
+        """Estimate the mean entries per position with a target, from the first shards' footers."""
         chosen = [self._shard(r).description for r in self.ranges[:shards]]
         positions = sum(int(found["positions"]) for found in chosen)
         return sum(int(found["entries"]) for found in chosen) / positions if positions else 0.0

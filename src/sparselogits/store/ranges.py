@@ -66,7 +66,9 @@ def missing_ranges(present: Sequence[Range], stop: int) -> list[Range]:
 
 
 def joined(ranges: Sequence[Range], windows: int | None = None) -> list[list[int]]:
-    """Join adjacent ranges, which ascend, and return up to `windows` windows as JSON lists.
+    """Return ascending ranges as JSON lists, with adjacent ranges joined.
+
+    With `windows`, only the first `windows` windows are included.
 
     Examples:
         >>> joined([(0, 4), (4, 6), (8, 9)]), joined([(0, 4), (4, 6)], 5)

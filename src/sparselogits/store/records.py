@@ -58,7 +58,7 @@ class WindowRecord:
         `masked` states whether the cache has a masked objective, with corrupted inputs.
 
         Raises:
-            InvalidTargetsError: a field is invalid; the message has the window and the field.
+            InvalidTargetsError: a field is invalid; the message contains the window and the field.
         """
         starts = self.document_starts
         for good, what in (
@@ -150,7 +150,7 @@ class CacheStatistics:
 
     @classmethod
     def total(cls, parts: Sequence[CacheStatistics]) -> CacheStatistics:
-        """Return the statistics of disjoint parts together; the means of no part are NaN."""
+        """Return the statistics of the union of disjoint parts; means of no parts are NaN."""
         windows = sum(part.windows for part in parts)
 
         def mean(name: str) -> float:

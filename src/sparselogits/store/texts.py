@@ -4,7 +4,7 @@
 
 The identity of a cache does not include the text, so that text can be appended. To prevent a cache
 from mixing shards of different texts, a text is recorded before its first shard is written, by a
-file that is created exclusively. The provenance of each shard has the same values.
+file that is created exclusively. The provenance of each shard contains the same values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparselogits.store.storage.interface import Storage
 from sparselogits.untrusted import parse_json, shown
 
 TEXTS = "texts"
-"""Name of the folder that contains the files that claim texts."""
+"""Name of the folder with the files that record texts."""
 
 _LARGEST = 1 << 12  # largest size of a file in `texts/`, in bytes
 
@@ -105,9 +105,12 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
 
 
 class TextCheck:
-    """Check of the texts in shards' provenance against the cache's texts and against each other.
+    """Comparison of the texts in shards' provenance with the texts that the cache records.
 
-    If the cache records no texts, only the texts of the shards are compared.
+    If the cache records no texts, the texts of the shards are compared with each other.
+
+    Args:
+        named: texts that the cache records.
     """
 
     def __init__(self, named: Iterable[TextSpan]) -> None:
@@ -120,7 +123,7 @@ class TextCheck:
         return [self._known[first] for first in sorted(self._known)]
 
     def require(self, windows: Range, provenance: dict[str, Any]) -> None:
-        """Validate the text in the provenance of a shard, which shards of old versions lack.
+        """Validate the text in a shard's provenance; accept a shard of an old version without one.
 
         Raises:
             ValueError: the cache does not record the text, the windows do not come from it, or it

@@ -50,7 +50,7 @@ class Checkpoint:
         commit: commit hash of the snapshot; None for local files.
         gguf: path of the GGUF file; None for other formats.
         weights: paths of the weight files that transformers reads.
-        adapter: whether the folder contains only an adapter, for the model `base`.
+        adapter: whether the folder contains only an adapter for the model `base`.
         base: checkpoint of the adapter's base model; None for other models.
     """
 
@@ -95,7 +95,7 @@ def find_checkpoint(
         name: local folder, GGUF file or hub name.
         revision: revision of a hub name; None for the default branch.
         allow: names of `ALLOWANCES`; "linked-weights" accepts links to files outside of the folder.
-        depth: number of adapters that are applied to this model.
+        depth: number of adapters that are applied to this model; 0 for the model itself.
 
     Raises:
         TeacherError: the model does not exist, its weights are pickled, a file lies outside the
@@ -124,7 +124,7 @@ def find_checkpoint(
 
 
 def _of_folder(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpoint:
-    """Return the checkpoint with the weight files of its folder, or with an adapter's base."""
+    """Return a checkpoint with its weight files; that of an adapter also with the base model."""
     folder = found.folder
     if (folder / ADAPTER_CONFIG).exists() and not (folder / CONFIG).exists():
         return _of_adapter(found, allow, depth)
@@ -148,7 +148,7 @@ def no_model_error(name: str) -> TeacherError:
 
 
 def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpoint:
-    """Return the checkpoint of an adapter with that of its base model. Raises TeacherError."""
+    """Return an adapter's checkpoint with weight file and base model. Raises TeacherError."""
     folder = found.folder
     _require_safe_adapter(folder, found.name)
     config = _read_json(folder / ADAPTER_CONFIG)
@@ -218,7 +218,10 @@ def _download(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def not_found_error(name: str, problem: str) -> TeacherError:
-    """Return the error for a name that is no folder, with the problem at the hub, a sentence."""
+    """Return the error for a name that is no folder; `problem` describes the problem at the hub.
+
+    `problem` continues a sentence, and ends with a full stop or another sentence.
+    """
     return TeacherError(
         f"there is no folder {name!r} here ({Path.cwd()}), and {problem} Check the path, or give a "
         "hub name as in HuggingFaceTB/SmolLM2-135M"
@@ -330,7 +333,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class _WeightSizes(NamedTuple):
-    """Totals over weight files (tensors, elements, bytes), and the largest tensor dimension."""
+    """Numbers of tensors, elements and bytes in weight files, and the largest tensor dimension."""
 
     tensors: int
     elements: int

@@ -38,10 +38,10 @@ class Engine(Protocol):
     """Number V of columns in the head, including padding."""
 
     token_mask: Tensor
-    """bool [V], true for ids that are tokens of the tokenizer."""
+    """Mask of the ids that are tokens of the tokenizer, bool [V]."""
 
     identity: dict[str, Any]
-    """Name, weights hash, dtype, engine and quantization; see `Identity.teacher`."""
+    """Name, hash of the weights, dtype, engine and quantisation; see `Identity.teacher`."""
 
     def logits(
         self,

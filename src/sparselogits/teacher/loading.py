@@ -349,7 +349,7 @@ def _resize_for(found: Checkpoint, base: nn.Module) -> None:
 
 
 def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ()) -> Tensor:
-    """Return bool [V], true for the rows of a model's head whose ids are the tokenizer's tokens.
+    """Return the mask of a head's rows whose ids are tokens of the tokenizer, bool [V].
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -376,7 +376,7 @@ def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ())
 
 
 def weights_fingerprint(found: Checkpoint, model: nn.Module) -> str:
-    """Return a fingerprint of all files that determine a model's logits: hub commit or sha256.
+    """Return the hub commit, or a sha256, of all files that determine a model's logits.
 
     The files are the weights, the configuration, an adapter with its base, and modelling code from
     the model's folder.
@@ -438,7 +438,7 @@ def locate_model(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _source_of(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and keyword arguments for `from_pretrained`, without validation."""
+    """Return the result of `locate_model` for a path or hub name, without validating a folder."""
     path = Path(name)
     local = path.suffix.lower() == ".gguf" or path.is_absolute() or name.startswith((".", "~"))
     if local and not path.is_dir():
@@ -481,7 +481,7 @@ def quantization(name: str, model: nn.Module) -> str | None:
 
 
 def _number_type(settings: dict[str, Any]) -> str:
-    """Return the number type in a quantization_config, under the name that its method uses."""
+    """Return the number type in a quantization_config, whose key depends on the method."""
     if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "4 bits"))
     if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):

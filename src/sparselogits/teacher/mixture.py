@@ -1,4 +1,4 @@
-"""Run several teachers as one engine whose distribution is a mixture of theirs.
+"""Run several teachers as one engine whose distribution is a mixture of their distributions.
 
 The engine is the reference for students that are trained on a mixture of the teachers' caches.
 """
@@ -82,7 +82,7 @@ class MixtureTeacher:
 
 
 def require_shares(weights: Sequence[float]) -> None:
-    """Validate that weights are positive and have the sum 1. Raises InvalidArgumentError."""
+    """Validate that weights are positive and sum to 1. Raises InvalidArgumentError."""
     if not all(w > 0 for w in weights) or abs(math.fsum(weights) - 1) > 1e-6:
         raise InvalidArgumentError(
             f"found the weights {list(weights)}; give positive numbers whose sum is 1"

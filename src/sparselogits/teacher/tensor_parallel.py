@@ -27,7 +27,9 @@ from sparselogits.teacher.transformers_engine import TransformersTeacher
 
 
 class Leader:
-    """Engine of the first rank; when its `with` block ends, `follow` returns on the other ranks.
+    """Engine of the first rank, which broadcasts the windows of each pass to the other ranks.
+
+    Use it in a `with` block: when the block ends, `follow` returns on the other ranks.
 
     Args:
         teacher: teacher with this rank's slices of the layers.

@@ -27,7 +27,7 @@ SLICE_POSITIONS = 256
 """Default number of positions for which logits are in memory at a time."""
 
 REMEMBERED_BYTES = 1 << 28
-"""Maximum size of the cached hidden states in bytes, see `TransformersTeacher.remembering`."""
+"""Maximum size in bytes of the hidden states that `TransformersTeacher.remembering` caches."""
 
 
 class TransformersTeacher:
@@ -84,11 +84,12 @@ class TransformersTeacher:
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Cache the hidden states of windows that are run within a block.
+        """Cache the hidden states of windows that are run within a `with` block.
 
-        Use this for text on which several students are evaluated in turn: only the head runs again,
-        and the logits are bitwise equal. The cache occupies up to `REMEMBERED_BYTES` and exists as
-        long as the teacher; windows that do not fit into it run each time.
+        Use this for text on which several students are evaluated in turn: if a window is run again
+        within such a block, only the head is computed, and the logits are bitwise equal. The cache
+        occupies up to `REMEMBERED_BYTES` and exists as long as the teacher. Windows that do not fit
+        into the cache are run each time.
         """
         self._remembers = True
         try:
@@ -165,12 +166,15 @@ class TransformersTeacher:
         """Yield the logits of wanted positions; see `engine.logits_at`."""
         head = self.head
         for row, states in self._states_by_window(tokens, document_starts, attention_mask):
-            for positions in self._slices(len(states)):
+            for start in range(0, len(states), self.slice_positions):
+                positions = slice(start, min(start + self.slice_positions, len(states)))
                 rows = states[positions]
                 if wanted is not None and not bool((kept := wanted[row, positions]).all()):
                     rows = rows[kept.to(rows.device)]
                 logits = rows.float() if head is None else head(rows)
-                yield LogitsSlice(row, positions, self._masked(logits))
+                # a model on several devices returns logits on its last one
+                not_tokens = self._not_tokens.to(logits.device)
+                yield LogitsSlice(row, positions, logits.index_fill_(1, not_tokens, -torch.inf))
 
     def _states_by_window(
         self,
@@ -178,7 +182,7 @@ class TransformersTeacher:
         document_starts: Sequence[np.ndarray] | None,
         attention_mask: Tensor | None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield each window's index and hidden states; logits where the model is not split."""
+        """Yield each window's index and hidden states, or logits if the model is not split."""
         if self._parts is not None:
             yield from enumerate(self.hidden(tokens, document_starts, attention_mask))
             return
@@ -194,7 +198,7 @@ class TransformersTeacher:
         document_starts: Sequence[np.ndarray] | None,
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """Return hidden states [B, L, D], or logits [B, L, V] where the model is not split."""
+        """Return hidden states [B, L, D], or logits [B, L, V] if the model is not split."""
         tokens = tokens.to(self.device)
         mask: dict[str, Any] = {}
         if attention_mask is not None:
@@ -206,22 +210,12 @@ class TransformersTeacher:
             return self.documents.run(self._run, tokens, positions, **mask)
 
     def _run(self, **inputs: Any) -> Tensor:
-        """Run one forward pass; return hidden states, or logits where the model is not split."""
+        """Run one forward pass; return hidden states, or logits if the model is not split."""
         if self._parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
             # an adapter may prepend a learned prompt, which has logits as well
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         return self._parts.states(**inputs)
-
-    def _slices(self, length: int) -> Iterator[slice]:
-        """Yield slices of at most `slice_positions` positions."""
-        for start in range(0, length, self.slice_positions):
-            yield slice(start, min(start + self.slice_positions, length))
-
-    def _masked(self, logits: Tensor) -> Tensor:
-        """Set the logits of ids that are not tokens to -inf, in place."""
-        # a model on several devices returns logits on its last one
-        return logits.index_fill_(1, self._not_tokens.to(logits.device), -torch.inf)
 
 
 def entrance(model: nn.Module) -> torch.device:

@@ -1,9 +1,9 @@
 """Use vLLM as a teacher: vLLM runs the layers, and the head runs here on its hidden states.
 
-The path is vLLM's pooling runner with the task `token_embed`, which returns the final, normalised
-hidden state of every token of a prompt, not scaled and without a projection. These states are the
-input of the head, so the logits of all ids exist here for one slice of positions at a time, and
-vLLM sends D numbers per token instead of V.
+vLLM's pooling runner with the task `token_embed` returns the final, normalised hidden state of
+every token of a prompt, not scaled and without a projection. These states are the input of the
+head. So the logits of all ids exist for one slice of positions at a time, and vLLM sends D numbers
+per token instead of V.
 
 vLLM is not installed with this package, because its versions pin torch and transformers.
 """
@@ -195,13 +195,13 @@ def load_vllm_teacher(
 
 
 def require_vllm(used: Mapping[str, bool]) -> None:
-    """Validate that vLLM is installed, and that nothing is used that it does not support.
+    """Validate that vLLM is installed, and that no unsupported feature is used.
 
     Args:
-        used: whether each of these is used, by name: options, or kinds of models.
+        used: unsupported features (options or kinds of models), and whether each is used.
 
     Raises:
-        InvalidArgumentError: something is used that the engine does not support.
+        InvalidArgumentError: a feature is used.
         MissingDependencyError: vLLM is not installed.
     """
     if found := [name for name, is_used in used.items() if is_used]:
@@ -269,10 +269,9 @@ def _start(
 def _require_same_states(
     teacher: VllmTeacher, reference: TransformersTeacher, window_length: int
 ) -> None:
-    """Validate that vLLM's states are the input of the head, on two short windows.
+    """Validate on two short windows that vLLM's states equal the head's input in transformers.
 
-    Models whose own code scales the states between the last norm and the head would give other
-    logits.
+    They would differ for a model that scales the states between the last norm and the head.
 
     Raises:
         TeacherError: the states differ.

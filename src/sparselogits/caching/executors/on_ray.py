@@ -28,7 +28,7 @@ TRIES = 3
 """Number of actors that may die on the same range, or while loading, before the build fails."""
 
 READY = None
-"""Placeholder for a range while an actor loads the teacher."""
+"""Value in place of a range while an actor loads the teacher."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,11 @@ class _Actors:
         self._doing[actor.ready.remote()] = actor, READY
 
     def _succeeded(self, call: Any, span: Range | None) -> bool:
-        """Return whether a call for a range, or READY, succeeded; if not, it must be repeated.
+        """Return whether a call succeeded; the caller must repeat a call that failed.
+
+        Args:
+            call: Ray's reference to the result.
+            span: range of windows that the call computes, or READY.
 
         Raises:
             CacheError: too many actors died.

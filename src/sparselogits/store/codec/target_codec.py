@@ -109,7 +109,7 @@ class TargetWindow:
 
 @dataclass(frozen=True)
 class TargetCodec:
-    """Codec of a cache's targets."""
+    """Codec that encodes a cache's targets as blocks; `BlockDecoder` decodes them."""
 
     weights: str  # kind of the weights, a key of `WEIGHT_COLUMNS`
     vocab_size: int
@@ -197,13 +197,8 @@ class TargetCodec:
         """Return a window's targets with weights rounded to levels; exact weights are unchanged.
 
         Stochastic rounding preserves the expectation of every weight. The uniforms depend only on
-        seed, window and entry, so that a resumed build writes the same bytes. Weights that are
-        levels do not change.
-
-        Args:
-            targets: targets of the window.
-            seed: random seed of the cache.
-            window_index: index of the window in the corpus.
+        the cache's seed, the window's index in the corpus and the entry, so that a resumed build
+        writes the same bytes.
 
         Raises:
             InvalidTargetsError: a weight is negative or not finite.
@@ -327,5 +322,5 @@ def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
 
 
 def _rounds(rounds: int | None) -> str:
-    """Return a phrase that states the number of rounds, for messages."""
+    """Return a phrase with the number of rounds, for messages."""
     return "no rounds" if rounds is None else f"{rounds} rounds per position"

@@ -114,7 +114,7 @@ class Shard:
         return total
 
     def read(self, row: int) -> WindowRecord:
-        """Read the row with that index in the shard, and decode its targets.
+        """Read a row, given its index in the shard, and decode its targets.
 
         When rows are read in order, all remaining rows of a row group are decoded together, in two
         thirds of the time of decoding each alone. A row that is read at random is decoded alone.

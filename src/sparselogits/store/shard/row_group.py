@@ -60,7 +60,7 @@ def require_pages(
     number of tokens per window.
 
     Raises:
-        DamageError: a page is invalid; the message has the column.
+        DamageError: a page is invalid; the message contains the column.
         ThriftError: a page header cannot be parsed.
     """
     rows = group.num_rows
@@ -114,7 +114,7 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     `start` is the index of the first window, and `length` the number of tokens per window.
 
     Raises:
-        DamageError: a value is invalid; the message has the window.
+        DamageError: a value is invalid; the message contains the window.
     """
     columns: dict[str, Any] = {name: _only_chunk(table, name) for name in table.column_names}
     rows = table.num_rows

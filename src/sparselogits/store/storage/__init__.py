@@ -1,1 +1,1 @@
-"""Storages of a cache's files: a folder, an object store, memory, and local copies."""
+"""Store a cache's files in a folder, an object store or memory, and copy remote files locally."""

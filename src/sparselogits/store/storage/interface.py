@@ -38,7 +38,7 @@ class Storage(ReadableFiles, Protocol):
     """Interface of a folder of write-once files, in which a cache is stored."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of a folder's files; an empty list if it is missing."""
+        """Return the sorted names of a folder's files; an empty list if there is no folder."""
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes.

@@ -19,7 +19,7 @@ _SIZE = struct.Struct("<Q")
 
 
 class LocalCopy:
-    """Storage that reads another storage by way of local copies, and forwards writes to it."""
+    """Storage that reads another storage through local copies, and forwards writes to it."""
 
     def __init__(self, storage: Storage, folder: CopyFolder) -> None:
         self.storage = storage

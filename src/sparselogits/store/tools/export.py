@@ -172,7 +172,7 @@ def _lists(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array]:
-    """Return each position's k heaviest ids and their weights, [L, k]; padding has weight 0."""
+    """Return each position's k ids of largest weight, and the weights, [L, k]; 0 for padding."""
     ids, weights = (part.numpy() for part in record.targets.padded())
     width = max(0, k - ids.shape[1])
     ids = np.pad(ids, ((0, 0), (0, width)))
@@ -217,12 +217,14 @@ def _weighted(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _padded_heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array, _Array]:
-    """Return k distinct ids per position with logprobs, [L, k] each, and which ids are entries."""
+    """Return k distinct ids per position, their logprobs, and whether each is an entry, [L, k]."""
     ids, weights = _heaviest(record, k)
     real = weights > 0
     for position in np.flatnonzero(~real.all(1)):
         own = ids[position, real[position]]
-        others = np.setdiff1d(np.arange(k), own)  # readers may write all ids into one row
+        others = np.setdiff1d(
+            np.arange(k), own
+        )  # distinct ids for readers that scatter them into a row
         ids[position, ~real[position]] = others[: k - len(own)]
     logs = np.where(real, np.log(np.where(real, weights, 1)), _NO_LOGPROB)
     return ids, logs.astype(np.float32), real
@@ -233,8 +235,8 @@ def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
     labels = settings.labels(record)[:-1]
     if (labels == IGNORE_INDEX).any():
         raise InvalidArgumentError(
-            f"window {record.window_index} has positions without a target, for which DistillKit's "
-            "packed rows have no place; export as axolotl, topk or weighted"
+            f"window {record.window_index} has positions without a target, which DistillKit's "
+            "packed rows cannot represent; export as axolotl, topk or weighted"
         )
     ids, logs, _ = _padded_heaviest(record, settings.k)
     bits = (settings.vocab_size - 1).bit_length()

@@ -30,7 +30,7 @@ from sparselogits.store.storage.memory import FilesInMemory
 from sparselogits.store.texts import TextCheck, named_texts
 
 TextOf = Callable[[Range], str | None]
-"""Function that maps a range of windows to the fingerprint of its text; None if unavailable."""
+"""Function that returns the fingerprint of the text of a range of windows; None if unavailable."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def is_sound(
 ) -> bool:
     """Return whether one shard is sound; see `verify`.
 
-    If the cache records no texts, the shard's text is compared with those of the sound shards
-    `beside`.
+    If the cache records no texts, the shard's text is compared with the texts of `beside`, ranges
+    of sound shards.
 
     Raises:
         StorageError: the shard cannot be reached.
@@ -195,8 +195,10 @@ _REBUILD = "run `sparselogits repair` on the cache, then build its windows again
 
 
 def _totals(record: WindowRecord) -> tuple[int, int, float, float, Window]:
-    """Return the entries, positions with a target, loss, entropy and text of a row."""
-    mask = record.mask if record.inputs is None else None  # otherwise it marks the corruption
+    """Return the numbers of entries and of positions with a target, loss, entropy and text."""
+    mask = (
+        record.mask if record.inputs is None else None
+    )  # of corrupted windows it marks chosen tokens
     window = Window(record.window_index, record.tokens, record.document_starts, mask)
     positions = int(record.present().sum())
     return record.targets.entries, positions, record.teacher_loss, record.teacher_entropy, window
