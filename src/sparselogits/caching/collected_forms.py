@@ -101,7 +101,10 @@ class DistillKitPacking(_Settings):
         """Validate that exact values and bins have at most k values."""
         binned = sum(part.num_elements for part in self.residual_bins)
         if self.exact_k > self.k or binned > self.k - self.exact_k:
-            raise ValueError("exact_k and the bins have more values than k")
+            raise ValueError(
+                f"exact_k and the bins have {self.exact_k + binned} values, expected at most k = "
+                f"{self.k}"
+            )
         return self
 
     @classmethod

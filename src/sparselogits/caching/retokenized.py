@@ -143,7 +143,7 @@ def retokenize(
     if old.objective is not None:
         raise CacheError(
             f"the cache at {cache} is of a masked language model, whose targets are of single "
-            "tokens; only caches of causal models can be retokenized"
+            "tokens and cannot be retokenized; give a cache of a causal model"
         )
     if not len(source):
         raise CacheError(f"the cache at {cache} has no finished shard; build it first")

@@ -522,7 +522,7 @@ def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
     if len(d2t) == len(marked) and torch.equal(d2t.long().sort().values, marked):
         advice = "d2t has the ids themselves: subtract the draft ids (torch.arange) from them"
     elif len(d2t) and not bool(d2t.any()):
-        advice = "d2t is all zeros, as in checkpoints saved before the vocabulary was chosen"
+        advice = "choose the vocabulary first, then save d2t, which is all zeros, again"
     raise InvalidArgumentError(
         f"{path}: d2t has {counted(len(d2t), 'offset')}, and t2d marks "
         f"{counted(len(marked), 'id')}; expected draft id + offset to give the marked ids, each "
