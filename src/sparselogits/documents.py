@@ -297,7 +297,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Return the length above which rotary frequencies depend on the length; None if never."""
+    """Return the largest sequence length with fixed rotary frequencies; None if all are fixed."""
     for name in ("rope_parameters", "rope_scaling"):
         for rope in _nested_dicts(getattr(config, name, None)):
             kind = rope.get("rope_type", rope.get("type"))

@@ -38,7 +38,7 @@ class CompactReader:
 
         Integers, booleans and structures (as dicts) are returned as values, strings as their
         lengths in bytes, and lists as (type of the elements, number of elements); the elements of
-        lists are skipped. `depth` is the number of structures around this one.
+        lists are skipped. `depth` is the number of enclosing structures.
         """
         fields: dict[int, Any] = {}
         for number, kind in self.fields(depth):
@@ -70,7 +70,7 @@ class CompactReader:
     def fields(self, depth: int = 0) -> Iterator[tuple[int, int]]:
         """Yield (number, type) of each field of the structure at the current offset.
 
-        The caller must read or skip each value. `depth` is the number of structures around it.
+        The caller must read or skip each value. `depth` is the number of enclosing structures.
         """
         if depth > _DEEPEST:
             raise ThriftError(f"structures are nested deeper than {_DEEPEST} levels")

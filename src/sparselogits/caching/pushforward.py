@@ -378,7 +378,7 @@ class Retokenizer:
             entries = draws.continued(at, count, weight, float(uniforms[level]))
 
     def _continued(self, prefix: bytes, token: int, begins: bool, *, spaced: bool = False) -> int:
-        """Return the first student token of `prefix`, bytes of the text, and a drawn token."""
+        """Return the first student token of the text bytes `prefix` followed by a drawn token."""
         image = self.special.get(token)
         if token in self.teacher.special and not isinstance(image, bytes):
             if prefix:  # the text ends before the special token

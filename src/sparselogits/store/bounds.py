@@ -40,7 +40,7 @@ Equal targets at all positions, as those of an untrained teacher, take almost no
 """
 
 ENTRIES_PER_BYTE = 16
-"""Number of entries per byte of their blocks that windows may have in addition to FREE_ENTRIES.
+"""Number of entries that are allowed per byte of blocks, in addition to FREE_ENTRIES.
 
 Typical targets have one entry per byte.
 """
