@@ -101,7 +101,9 @@ def plan(
     workers: int = DISTRIBUTED("Number of devices that run the teacher.", 1),
     ranks: int = DISTRIBUTED("Number of devices that train one student.", 1),
     price: float = COST("Price per device-hour, in any currency; 0 omits all costs.", 0.0),
-    storage_price: float = COST("Price per terabyte-month of storage, in that currency.", 0.0),
+    storage_price: float = COST(
+        "Price per terabyte-month of storage, in the currency of --price.", 0.0
+    ),
     months: float = COST("Number of months for which the cache is stored.", 1.0),
     sizes: bool = OUTPUT(
         "Also print a table for students of 300M to 13B and texts of 1B to 10T tokens.",

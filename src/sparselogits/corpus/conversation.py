@@ -140,8 +140,8 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
         )
     if role not in _ROLES and role.strip().lower() in _ROLES:
         raise CorpusError(
-            f"{place} has the role {role[:40]!r}; expected {role.strip().lower()!r}, which chat "
-            "templates distinguish. Rename the role"
+            f"{place} has the role {role[:40]!r}, but chat templates expect "
+            f"{role.strip().lower()!r}. Rename the role"
         )
     if sharegpt and role == "function_call" and isinstance(content, str):
         return _sharegpt_call(content)

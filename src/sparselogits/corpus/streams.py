@@ -389,7 +389,8 @@ def _require_plausible_pages(data: bytes) -> None:
             or values > GROUP_TOKENS
         ):
             raise PartError(
-                f"a page claims {claimed} bytes and {values} values in encoding {page.get(2)}"
+                f"a page claims {claimed} bytes and {values} values in encoding {page.get(2)}, "
+                f"expected at most {_LARGEST_COLUMN} and {GROUP_TOKENS} in encoding {_PLAIN}"
             )
         at = reader.at + packed
         if at >= len(data):

@@ -66,7 +66,7 @@ class TokenBytes:
         special: content of each special token by id; special tokens stand for no bytes of the text.
         bytes_of: byte string of each id; empty for special tokens and unused ids.
         bos_id: id of the token that the tokenizer adds before a text; None for no token.
-        first_of: `_first_of` with a cache.
+        first_of: function `_first_of` with a cache of its results.
 
     Raises:
         InvalidArgumentError: the tokens do not determine the bytes of a text; the message names the

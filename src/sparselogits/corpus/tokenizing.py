@@ -251,7 +251,7 @@ def packing_for(
     if len(before) > 1:
         raise CorpusError(
             f"the tokenizer adds {len(before)} tokens before text ({before}), expected at most "
-            "one; give it as bos_id of a Packing(...)"
+            "one; give the id of the token before documents as bos_id of a Packing(...)"
         )
     bos = int(before[0]) if before else None
     if kind == "joined":

@@ -68,9 +68,9 @@ def expected_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
 def restricted_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
     """Compute the acceptance probability of a drafter with a draft vocabulary.
 
-    It is sum_d min(p_d, q_d) over the D draft ids. q is the drafter's distribution restricted to
-    these ids and renormalised; p is the teacher's distribution over all ids. The acceptance is
-    therefore at most the teacher's probability of the draft vocabulary.
+    The probability is sum_d min(p_d, q_d) over the D draft ids. q is the drafter's distribution
+    restricted to these ids and renormalised; p is the teacher's distribution over all ids. The
+    acceptance is therefore at most the teacher's probability of the draft vocabulary.
 
     Args:
         log_p: the teacher's log-probabilities of D ids and of the rest, float [P, D + 1].

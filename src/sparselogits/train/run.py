@@ -376,7 +376,7 @@ def _require_reporters(names: list[str]) -> None:
             for kind in get_reporting_integration_callbacks([name]):
                 kind()
         except ValueError as error:
-            raise RecipeError(f"report_to: {error}") from error
+            raise RecipeError(f"report_to: {error} Name one of these, or leave it out") from error
         except (RuntimeError, ImportError) as error:
             raise MissingDependencyError(
                 f"report_to: {name} is not installed: pip install {name}, or leave it out"

@@ -632,8 +632,8 @@ def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
     if rule == "ghost" and getattr(dataset, "draft", None) is not None:
         raise InvalidArgumentError(
             "missing_mass='ghost' is not defined for a draft vocabulary, because the ghost token "
-            "stands for missing ids, and the class of the rest has stored and missing ones. Choose "
-            "drop, smooth or ground_truth"
+            "stands for missing ids, and the class of all other ids contains stored and missing "
+            "ids. Choose drop, smooth or ground_truth"
         )
     if rule == "ghost" and dataset.teachers_per_window > 1:
         raise InvalidArgumentError(

@@ -61,7 +61,7 @@ class LineFormat(Format):
 
 
 class JsonLines(LineFormat):
-    """JSON lines, in which each line is a JSON object."""
+    """Format of JSON lines, in which each line is a JSON object."""
 
     name = "json"
     suffixes = (".jsonl", ".ndjson")

@@ -31,7 +31,7 @@ _IS_LIST = (
 
 
 class Parquet(Format):
-    """Parquet files; the unit of a span is a row group."""
+    """Format of Parquet files; the unit of a span is a row group."""
 
     name = "parquet"
     suffixes = (".parquet", ".pq")
@@ -67,7 +67,7 @@ class Parquet(Format):
 
 
 class Arrow(Format):
-    """Arrow streams, the storage of `datasets`; the unit of a span is a record batch."""
+    """Format of Arrow streams, as `datasets` stores them; the unit of a span is a record batch."""
 
     name = "arrow"
     named_suffixes = (".arrow",)

@@ -39,7 +39,7 @@ _SCAN_BYTES = 1 << 20
 
 
 class Text(Format):
-    """Plain text files in UTF-8."""
+    """Format of plain text files in UTF-8."""
 
     name = "text"
     suffixes = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")

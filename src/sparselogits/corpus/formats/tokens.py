@@ -122,7 +122,7 @@ class _Stream(TokenFormat):
 
 
 class Datatrove(_Stream):
-    """datatrove's token files; nanotron reads them in windows of its sequence length plus one."""
+    """Format of datatrove, which nanotron reads in windows of its sequence length plus one."""
 
     name = "datatrove"
     weak_suffixes = (".ds",)
@@ -160,7 +160,7 @@ class Datatrove(_Stream):
 
 
 class TokenShard(_Stream):
-    """Token shards of llm.c and modded-nanogpt, in which a separator begins each document."""
+    """Format of llm.c and modded-nanogpt, in which a separator begins each document."""
 
     name = "token-shard"
     weak_suffixes = (".bin",)
@@ -194,7 +194,7 @@ class TokenShard(_Stream):
 
 
 class Megatron(TokenFormat):
-    """Megatron-LM's indexed datasets; the unit of a span is a sequence, and each is one row."""
+    """Format of Megatron-LM's indexed datasets; the unit of a span is a sequence, one per row."""
 
     name = "megatron"
     weak_suffixes = (".idx",)
@@ -378,6 +378,7 @@ def _ends_within(handle: int, start: int, stop: int, name: str) -> _Array:
     found = _read(handle, 8 * first, many, "<u8", name)
     if many != last - first or (np.diff(found) < 0).any():
         raise CorpusError(
-            f"{name} does not ascend at document {first}; download it again, or remove it"
+            f"{name}: the ends of documents do not ascend at document {first}; download the file "
+            "again, or remove it"
         )
     return found

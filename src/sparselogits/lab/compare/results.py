@@ -243,7 +243,7 @@ class RunRow(_Value):
 class TeacherRow(_Value):
     """Results of the teacher on the held-out windows."""
 
-    figures: dict[str, float] = Field(description="metrics by name")
+    figures: dict[str, float] = Field(description="metrics by name, as in RunRow")
     reliability: list[ReliabilityBin] = Field(description="calibration in 15 bins of equal width")
     positions: int = Field(description="number of positions with a label")
     windows: int = Field(description="number of windows")

@@ -135,7 +135,7 @@ class Settings:
         for name in ("workers", "ranks", "window", "windows_per_shard"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("teacher_utilisation", "student_utilisation"):
-            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]: 0.4")
+            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "at most 1, above 0")
         for name in ("build_overhead", "step_overhead", "device_price", "storage_price", "months"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name, value in {

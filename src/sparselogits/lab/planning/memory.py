@@ -22,9 +22,9 @@ PASS_HIDDEN, PASS_INTERMEDIATE = 4.1, 3.0
 SLICE_POSITIONS = 256
 """Number of positions whose logits a teacher computes at a time."""
 SLICE_BYTES = 4 * 2.5  # float32 copies of this slice and the previous one, and a bfloat16 copy
-"""Bytes per logit of a slice of positions at the peak."""
+"""Bytes of memory per logit of a slice of positions, at the peak."""
 SAMPLER_BYTES = 4  # one float32 copy, assumed and not measured; less on a CPU
-"""Bytes per logit of a slice that the sampler needs."""
+"""Bytes of memory that the sampler needs per logit of a slice."""
 STEP_HIDDEN = 40.0
 """Bytes per token, layer and unit of hidden size that a training step stores for the backward pass.
 """
