@@ -1,8 +1,9 @@
 """Test the histograms of `info`: correct counts from a few row groups, for any size."""
 
+import pytest
 import torch
 
-from sparselogits.store import Cache, sample_cache
+from sparselogits.store import Cache, sample_cache, statistics_by_label
 from sparselogits.store.shard.writer import ROWS_PER_GROUP
 
 
@@ -50,3 +51,44 @@ def test_a_large_cache_is_not_read(cache, monkeypatch):
     sample_cache(opened, 1)
     assert len(asked) == 1
     assert asked[0][2] < opened.statistics().bytes_on_disk
+
+
+def test_statistics_by_label_count_each_position_once(cache):
+    opened = Cache.open(cache)
+    windows = [opened.read(i) for i in range(6)]
+    length = opened.identity.window_length
+    # window 0 has one document, window 1 two of one label, the others two labels
+    runs = {0: [("a", length)], 1: [("b", 5), ("b", length - 5)]}
+    mixed = [("a", 3), (None, 7), ("b", length - 10)]
+    found = statistics_by_label(windows, lambda index: runs.get(index, mixed))
+    assert set(found) == {"a", "b", None}
+    labels = [
+        [label for label, n in runs.get(w.window_index, mixed) for _ in range(n)] for w in windows
+    ]
+    for label, own in found.items():
+        chosen = [torch.tensor([each == label for each in row]) for row in labels]
+        present = [torch.from_numpy(w.present()) for w in windows]
+        assert own.tokens == sum(int(c.sum()) for c in chosen)
+        assert own.positions == sum(
+            int((c & p).sum()) for c, p in zip(chosen, present, strict=True)
+        )
+        assert own.entries == sum(
+            int(w.targets.entries_per_position[c].sum())
+            for w, c in zip(windows, chosen, strict=True)
+        )
+        assert own.to_json()["mean_mass"] == pytest.approx(1.0)  # rounds sum to one
+    assert [found[label].windows for label in ("a", "b", None)] == [1, 1, 0]
+    assert found["a"].to_json()["mean_teacher_loss"] == windows[0].teacher_loss
+    assert found["b"].to_json()["mean_teacher_entropy"] == windows[1].teacher_entropy
+    assert found[None].to_json()["mean_teacher_loss"] is None
+
+
+def test_as_many_labels_as_tokens_are_counted(cache):
+    """As many labels as tokens: one row per label, and each is counted."""
+    record = Cache.open(cache).read(0)
+    names = iter(range(1 << 20))
+    length = len(record.tokens)
+    windows = [record] * 500
+    found = statistics_by_label(windows, lambda _: [(f"{next(names)}", 1) for _ in range(length)])
+    assert len(found) == 500 * length
+    assert sum(own.entries for own in found.values()) == 500 * record.targets.entries

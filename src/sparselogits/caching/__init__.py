@@ -15,6 +15,7 @@ from sparselogits.caching.retokenized import RetokenizeReport, retokenize
 from sparselogits.caching.text import (
     TextPlace,
     names_of_texts,
+    opened_texts,
     place_of_text,
     text_of_windows,
     windows_of_texts,
@@ -34,6 +35,7 @@ __all__ = [
     "fetch_texts",
     "import_collected",
     "names_of_texts",
+    "opened_texts",
     "place_of_text",
     "publish_text",
     "retokenize",

@@ -139,13 +139,8 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
     The function returns None for windows whose text is missing (see `windows_of_texts`), and for
     ranges that contain windows of two texts.
     """
-    texts: list[tuple[PackedCorpus, int]] = []
+    texts = opened_texts(cache)
     masks = not isinstance(Cache.open(cache).identity.predicts, Masked)
-    with suppress(CorpusError):  # window indices after a text that cannot be opened are unknown
-        first = 0
-        for folder in _folders(cache):
-            texts.append((PackedCorpus.open(folder), first))
-            first += texts[-1][0].windows
 
     def text_of(windows: Range) -> str | None:
         for corpus, first_window in texts:
@@ -155,6 +150,17 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
         return None
 
     return text_of
+
+
+def opened_texts(cache: Path) -> list[tuple[PackedCorpus, int]]:
+    """Return a cache's packed texts up to the first missing one, and the first window of each."""
+    texts: list[tuple[PackedCorpus, int]] = []
+    with suppress(CorpusError):  # window indices after a text that cannot be opened are unknown
+        first = 0
+        for folder in _folders(cache):
+            texts.append((PackedCorpus.open(folder), first))
+            first += texts[-1][0].windows
+    return texts
 
 
 def packed_texts(cache: Path) -> list[Path]:

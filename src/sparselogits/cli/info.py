@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from sparselogits.cli.options import CacheArgument, Json, print_json, print_train_command
-from sparselogits.console import results, styled
+from sparselogits.cli.options import (
+    DATA,
+    MODEL,
+    CacheArgument,
+    Json,
+    print_json,
+    print_train_command,
+)
+from sparselogits.console import messages, results, styled
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 from sparselogits.untrusted import printable
 from sparselogits.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparselogits.store import CacheSample, CacheStatistics, Histogram
+    from sparselogits.store import CacheSample, CacheStatistics, Histogram, LabelStatistics
 
 _BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
     "windows": lambda facts: f"{facts.windows:,}",
@@ -32,21 +41,110 @@ _BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
 """Functions that format the cells of each column in the table of texts, by the column's title."""
 
 
+_BY_LABEL: dict[str, tuple[str, str]] = {
+    "tokens": ("tokens", ",d"),
+    "entries/token": ("entries_per_position", ".2f"),
+    "mass": ("mean_mass", ".3f"),
+    "windows": ("windows", ",d"),
+    "loss": ("mean_teacher_loss", ".3f"),
+    "entropy": ("mean_teacher_entropy", ".3f"),
+}
+"""Name in `LabelStatistics.to_json` and format of each column in the table of labels."""
+
+MOST_LABELS = 50
+"""Number of labels that are shown; the others are shown together."""
+
+
 def info(
     cache: CacheArgument,
     sample: int = typer.Option(
-        16, help="Number of row groups to read for the histograms. 0 omits them.", min=0
+        16,
+        help="Number of row groups (of 8 windows) to read for the histograms and for --by. 0 omits "
+        "the histograms.",
+        min=0,
+    ),
+    by: str | None = DATA(
+        "Also show the targets by the value of this field in the records of --data, such as "
+        "`source`, or `meta.source` in an object.",
+        shown="no such table",
+    ),
+    data: str | None = DATA(
+        "Text from which the cache was built, for --by. Other columns than the text are not in the "
+        "cache.",
+        shown="none; required with --by",
+    ),
+    split: str = DATA("Split of a dataset to read, as when the cache was built.", "train"),
+    tokenizer: str | None = MODEL(
+        "Tokenizer with which the text was packed, for --by.", shown="the tokenizer in CACHE"
     ),
     as_json: Json = False,
 ) -> None:
     """Show the contents of a cache, its origin, and histograms of its targets."""
-    print_info(cache, as_json, sampled=sample)
+    labels = None
+    if by is not None and data is not None and sample:
+        labels = _by_label(cache, by, data, split, tokenizer, sample)
+    elif by is not None or data is not None:
+        raise InvalidArgumentError(
+            "expected --by FIELD, --data TEXT and a --sample above 0 together; give all of them, "
+            "or neither --by nor --data"
+        )
+    print_info(cache, as_json, sampled=sample, labels=labels)
     if not as_json:
         print_train_command(cache)
 
 
+def _by_label(
+    root: str, field: str, data: str, split: str, tokenizer: str | None, sampled: int
+) -> dict[str | None, LabelStatistics]:
+    """Return statistics of a sample of a cache by a field of its text, most tokens first."""
+    from sparselogits.caching import fetch_texts, opened_texts
+    from sparselogits.corpus.labels import DocumentLabels
+    from sparselogits.store import Cache, sampled_windows, statistics_by_label
+    from sparselogits.store.storage.location import is_url
+    from sparselogits.teacher.loading import TOKENIZER_FOLDER, load_tokenizer
+
+    opened = Cache.open(root)
+    texts = opened_texts(fetch_texts(root))
+    if not texts:
+        raise InvalidArgumentError(
+            f"{root} has no packed text, which --by needs to find the documents of a window; give "
+            "the cache as it was built, before it was merged or downloaded without its text"
+        )
+    kept = Path(root) / TOKENIZER_FOLDER
+    if tokenizer is None and (is_url(root) or not kept.exists()):
+        raise InvalidArgumentError(
+            f"{root} contains no tokenizer; name the teacher's with --tokenizer"
+        )
+    packer = load_tokenizer(tokenizer or str(kept))
+    for text in texts:
+        corpus, first = text
+        try:
+            labels = DocumentLabels(corpus, data, field, tokenizer=packer, split=split)
+            break
+        except IdentityMismatchError:
+            if text is texts[-1]:
+                raise
+    messages.print(f"reading the field {printable(field, 60)} of {printable(data)}")
+    own = range(first, first + corpus.windows)
+    found = statistics_by_label(
+        (window for window in sampled_windows(opened, sampled) if window.window_index in own),
+        lambda index: labels.of_window(index - first),
+    )
+    if not found.keys() - {None}:
+        raise InvalidArgumentError(
+            f"no document in the sample has a value in the field {field!r}; check its name (--by), "
+            "or read more of the cache (--sample)"
+        )
+    return dict(sorted(found.items(), key=lambda item: -item[1].tokens))
+
+
 def print_info(
-    root: str, as_json: bool, *, sampled: int = 0, text: dict[str, object] | None = None
+    root: str,
+    as_json: bool,
+    *,
+    sampled: int = 0,
+    text: dict[str, object] | None = None,
+    labels: Mapping[str | None, LabelStatistics] | None = None,
 ) -> None:
     """Print the statistics and the origin of a cache, as text or as JSON.
 
@@ -55,6 +153,7 @@ def print_info(
         as_json: whether to print JSON.
         sampled: number of row groups to read for histograms; 0 for no histograms.
         text: facts about the source text to add to the JSON.
+        labels: statistics of a sample by label, most tokens first.
     """
     from sparselogits.caching import names_of_texts
     from sparselogits.store import Cache, sample_cache
@@ -81,6 +180,11 @@ def print_info(
             shown["sample"] = asdict(sample)
         if text is not None:
             shown["text"] = text
+        if labels is not None:
+            rows, rest = _largest(labels)
+            shown["by"] = [{"value": name, **own.to_json()} for name, own in rows]
+            if rest is not None:
+                shown["by_other"] = {"values": len(labels) - len(rows), **rest.to_json()}
         print_json(shown)
         return
     identity = opened.identity
@@ -108,6 +212,8 @@ def print_info(
         console.print(styled(f"{name:<18}", "dim", f" {value}"), soft_wrap=True)
     if by_text:
         _print_texts(console, by_text)
+    if labels is not None:
+        _print_labels(console, labels)
     if sample is not None:
         _print_histograms(console, sample)
 
@@ -130,6 +236,47 @@ def _print_texts(console: Console, by_text: dict[str, CacheStatistics]) -> None:
         table.add_row(Text(printable(name)), *(shown(facts) for shown in _BY_TEXT.values()))
     console.print()
     console.print(table)
+
+
+def _largest(
+    labels: Mapping[str | None, LabelStatistics],
+) -> tuple[list[tuple[str | None, LabelStatistics]], LabelStatistics | None]:
+    """Return the labels to show, and the sum of the others; None if there are no others."""
+    from sparselogits.store import LabelStatistics
+
+    rows = list(labels.items())
+    if len(rows) <= MOST_LABELS:
+        return rows, None
+    rest = LabelStatistics()
+    for _, own in rows[MOST_LABELS:]:
+        rest += own
+    return rows[:MOST_LABELS], rest
+
+
+def _print_labels(console: Console, labels: Mapping[str | None, LabelStatistics]) -> None:
+    """Print a table with the statistics of each label, and notes on what the columns mean."""
+    rows, rest = _largest(labels)
+    named = [("(no value)" if name is None else _one_line(name), own) for name, own in rows]
+    if rest is not None:
+        named.append((f"({len(labels) - len(rows):,} other values)", rest))
+    table = Table("value", *_BY_LABEL, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, own in named:
+        facts = own.to_json()
+        cells = ((facts[key], style) for key, style in _BY_LABEL.values())
+        table.add_row(
+            Text(name), *("-" if value is None else f"{value:{style}}" for value, style in cells)
+        )
+    console.print(
+        styled("\nby value, in the sample; windows, loss and entropy: windows of one value", "dim")
+    )
+    console.print(table)
+
+
+def _one_line(text: str) -> str:
+    """Return a label as one line of printable characters; an empty one in quotes."""
+    return printable(text, 40).replace("\n", "\\n").replace("\t", "\\t") or '""'
 
 
 def _print_histograms(console: Console, sample: CacheSample) -> None:

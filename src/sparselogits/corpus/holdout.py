@@ -193,13 +193,12 @@ class SelectedStream:
         """Number of selected tokens."""
         return int(self._bounds[-1])
 
-    def read(self, start: int, stop: int) -> Tokens:
-        """Return the selected tokens [start, stop).
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of the whole stream that contain the selected tokens [start, stop).
 
         Raises:
-            CorpusError: a part or its document table is damaged.
+            CorpusError: a document table is damaged.
         """
-        ranges = []
         while start < stop:
             part = int(np.searchsorted(self._bounds, start, side="right")) - 1
             within_part = start - int(self._bounds[part])
@@ -209,9 +208,16 @@ class SelectedStream:
             begin = int(extents[at, 0]) + within_part - int(bounds[at])
             length = min(int(extents[at, 1]) - begin, stop - start)
             begin += self._stream.begin(part)
-            ranges.append(self._stream.read(begin, begin + length))
+            yield begin, begin + length
             start += length
-        return Tokens.cat(ranges)
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Return the selected tokens [start, stop).
+
+        Raises:
+            CorpusError: a part or its document table is damaged.
+        """
+        return Tokens.cat([self._stream.read(*own) for own in self.ranges(start, stop)])
 
     def _extents_of(self, part: int) -> Extents:
         """Return the ranges of selected tokens in a part, cached for the parts used last."""

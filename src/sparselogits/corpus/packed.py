@@ -132,6 +132,8 @@ class PackedCorpus:
 
     holdout_windows: int
     """Number of windows held out for evaluation."""
+    stream: TokenStream
+    """All tokens, held-out tokens included; in format 1, without those."""
 
     def __init__(self, folder: Path, made_from: dict[str, Any], index: dict[str, Any]) -> None:
         self.folder = folder
@@ -149,15 +151,14 @@ class PackedCorpus:
         self._training: _Stream
         self._holdout: _Stream
         paths, lengths = Paths(folder), [int(length) for length in index["training"]]
-        self._training, length = TokenStream(paths.training, lengths), self.packing.window_length
+        self.stream, length = TokenStream(paths.training, lengths), self.packing.window_length
+        self._training = self.stream
         if self.format == 1:
             self._holdout = TokenStream(paths.holdout, index["holdout"])
             self.holdout_windows = self._holdout.tokens // length
             return
         split = Split.from_json(index["holdout"])
-        self._training, self._holdout = divide(
-            self._training, lengths, paths.holdout, split, length
-        )
+        self._training, self._holdout = divide(self.stream, lengths, paths.holdout, split, length)
         self.holdout_windows = min(split.windows, self._holdout.tokens // length)
 
     @classmethod
@@ -237,6 +238,16 @@ class PackedCorpus:
             CorpusError: a file is damaged.
         """
         return self._read(self._training, start, stop, self.windows)
+
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the ranges of `stream` that contain the tokens of the training windows.
+
+        Args:
+            start: index of the first training window.
+            stop: index after the last training window.
+        """
+        length = self.packing.window_length
+        return list(self._training.ranges(start * length, stop * length))
 
     def read_holdout(self, start: int, stop: int) -> list[Window]:
         """Return the held-out windows [start, stop).

@@ -75,6 +75,8 @@ class Piece:
     """Whether a chat template rendered the text; if so, no beginning-of-text token is added."""
     tokens: TokenRow | None = None
     """Tokens of a document that is given as token ids, with all separators; None for text."""
+    label: str | None = None
+    """Label of the document, see `Fields.label`; None if it has none."""
 
     @property
     def whole(self) -> bool:

@@ -34,6 +34,9 @@ CONVERSATION_BYTES = 4 << 20
 """Maximum size, in bytes, of a conversation that is tokenised at once; longer ones are cut into
 pieces like long documents."""
 
+LONGEST_LABEL = 200
+"""Maximum length of a document's label, in characters."""
+
 
 class Record(NamedTuple):
     """One record from a file, with its position and size."""
@@ -58,6 +61,9 @@ class Fields:
     """Template that renders conversations to text; None if the tokenizer has no template."""
     tokens: TokenReading | None = None
     """Settings for reading token ids; None if the records contain text."""
+    label: str | None = None
+    """Name of the field whose value labels a document, or the path of one in an object, such as
+    `meta.source`; None for no labels. It does not change the text."""
 
     def columns(self, found: Collection[str], where: Where) -> list[str]:
         """Return the columns to read from a table that has the columns `found`.
@@ -65,15 +71,17 @@ class Fields:
         Raises:
             CorpusError: no column could contain text; the message contains the table's columns.
         """
+        labels = [n for n in self._label_path(found)[:1] if n in found]
         if self.tokens is not None:
-            return [name for name in COLUMNS if name in found]
+            return list(dict.fromkeys([*(name for name in COLUMNS if name in found), *labels]))
         forms = self._forms(found)
         if self.completion_only and self.text in found:
             forms.append([self.text])  # may contain conversations, depending on the record
         if not forms:
             raise self._no_text_error(found, where)
         wanted = [name for form in forms for name in form]
-        return list(dict.fromkeys([*wanted, *(name for name in EXTRAS if name in found)]))
+        extras = [name for name in EXTRAS if name in found]
+        return list(dict.fromkeys([*wanted, *extras, *labels]))
 
     def chosen(self, record: Mapping[str, Any], where: Where) -> list[str]:
         """Return the names of the fields that contain a record's text.
@@ -104,6 +112,35 @@ class Fields:
         if is_conversation(record, names):
             names = [*names, *(name for name in EXTRAS if record.get(name) is not None)]
         return {name: record[name] for name in names}
+
+    def label_of(self, record: Mapping[str, Any], where: Where) -> str | None:
+        """Return the label of a record as text; None if it has none (absent, null or NaN).
+
+        Raises:
+            CorpusError: the value is a list or an object, or too long for a label.
+        """
+        value: Any = record
+        for name in self._label_path(record):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, int | float):
+            return None if value != value else str(value)
+        if value is None or (isinstance(value, str) and len(value) <= LONGEST_LABEL):
+            return value
+        found = f"text of {len(value):,} characters" if isinstance(value, str) else type(value)
+        found = found if isinstance(found, str) else found.__name__
+        raise CorpusError(
+            f"{where()}: the field `{self.label}` contains {found}; expected text of at most "
+            f"{LONGEST_LABEL} characters, a number or nothing. Name the field that contains the "
+            "source of a document"
+        )
+
+    def _label_path(self, found: Collection[str]) -> list[str]:
+        """Return the names of the field that contains the label and of those within its value."""
+        if self.label is None:
+            return []
+        return [self.label] if self.label in found else self.label.split(".")
 
     def _forms(self, found: Collection[str]) -> list[list[str]]:
         forms = [["prompt", "completion"], *([name] for name in MESSAGES)]

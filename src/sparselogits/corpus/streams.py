@@ -248,9 +248,17 @@ class TokenStream:
         """Return the position in the stream at which a part begins."""
         return int(self._bounds[part])
 
+    def part_at(self, position: int) -> int:
+        """Return the part that contains the token at a position of the stream."""
+        return int(np.searchsorted(self._bounds, position, side="right")) - 1
+
     def path(self, part: int) -> Path:
         """Return the path of a part."""
         return self._folder / part_name(part)
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the range [start, stop); see `SelectedStream.ranges`."""
+        yield start, stop
 
     def read(self, start: int, stop: int) -> Tokens:
         """Return the tokens [start, stop) of the stream.
@@ -261,7 +269,7 @@ class TokenStream:
         ranges = []
         with self._lock:
             while start < stop:
-                part = int(np.searchsorted(self._bounds, start, side="right")) - 1
+                part = self.part_at(start)
                 group, first = divmod(start - self.begin(part), GROUP_TOKENS)
                 found = self._group(part, group).cut(first, first + stop - start)
                 ranges.append(found)

@@ -9,7 +9,14 @@ from sparselogits.store.tools.export import export
 from sparselogits.store.tools.merge import MergeReport, merge
 from sparselogits.store.tools.push import push
 from sparselogits.store.tools.repair import RepairReport, repair
-from sparselogits.store.tools.sample import CacheSample, Histogram, sample_cache
+from sparselogits.store.tools.sample import (
+    CacheSample,
+    Histogram,
+    LabelStatistics,
+    sample_cache,
+    sampled_windows,
+    statistics_by_label,
+)
 from sparselogits.store.tools.verify import ShardReport, VerifyReport, verify
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "CacheStatistics",
     "CopyFolder",
     "Histogram",
+    "LabelStatistics",
     "Location",
     "MergeReport",
     "RepairReport",
@@ -30,5 +38,7 @@ __all__ = [
     "push",
     "repair",
     "sample_cache",
+    "sampled_windows",
+    "statistics_by_label",
     "verify",
 ]

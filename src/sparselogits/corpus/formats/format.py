@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -124,7 +124,12 @@ class Format:
             CorpusError: the span cannot be read, or a record has no text field.
         """
         for record in self.records(span, fields):
-            yield from record_pieces(record, fields)
+            for piece in record_pieces(record, fields):
+                if fields.label is None:
+                    yield piece
+                else:
+                    label = fields.label_of(record.values, record.where)
+                    yield replace(piece, label=label)
 
 
 @contextmanager

@@ -5,14 +5,16 @@ A bounded number of row groups is read, spread over as many shards as possible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import shard_name, spread
+from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard.reader import Shard
 
 GROUPS = 16
@@ -70,16 +72,7 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
         >>> sum(sample.entropy.counts) == sample.windows
         True
     """
-    ranges = cache.finished()
-    chosen = [ranges[i] for i in spread(len(ranges), groups)]
-    count = len(chosen)
-    records = []
-    for index, shard_range in enumerate(chosen):
-        shard = Shard(cache.storage, shard_name(*shard_range), cache.identity)
-        # different relative positions in each shard, so that the sample covers all of them
-        slots = range(index, groups - groups % count, count)
-        for group in sorted({(2 * i + 1) * shard.groups // (2 * groups) for i in slots}):
-            records += shard.read_group(group)
+    records = list(sampled_windows(cache, groups))
     none = torch.empty(0)
     entries = [
         record.targets.entries_per_position[torch.from_numpy(record.present())]
@@ -88,11 +81,110 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
     weights = torch.cat([none, *(record.targets.weights for record in records)])
     return CacheSample(
         windows=len(records),
-        of=sum(stop - start for start, stop in ranges),
+        of=len(cache),
         entries=_whole_numbers(torch.cat([none, *entries])),
         weights=_histogram(weights[weights > 0].log10(), _LOG_WEIGHT_EDGES),
         entropy=_histogram(torch.tensor([r.teacher_entropy for r in records]), None),
     )
+
+
+def sampled_windows(cache: Cache, groups: int = GROUPS) -> Iterator[WindowRecord]:
+    """Yield the windows of at most `groups` row groups, spread evenly over the cache.
+
+    Raises:
+        CacheCorruptionError: a shard or row group of the sample is damaged.
+    """
+    ranges = cache.finished()
+    chosen = [ranges[i] for i in spread(len(ranges), groups)]
+    count = len(chosen)
+    for index, shard_range in enumerate(chosen):
+        shard = Shard(cache.storage, shard_name(*shard_range), cache.identity)
+        # different relative positions in each shard, so that the sample covers all of them
+        slots = range(index, groups - groups % count, count)
+        for group in sorted({(2 * i + 1) * shard.groups // (2 * groups) for i in slots}):
+            yield from shard.read_group(group)
+
+
+@dataclass(slots=True)
+class LabelStatistics:
+    """Statistics of the documents with one label in a sample of windows.
+
+    Args:
+        tokens: number of tokens, with or without a target.
+        positions: number of tokens whose position has a target.
+        entries: number of entries at these positions.
+        mass: sum of all weights at these positions.
+        windows: number of windows whose tokens all have the label.
+        teacher_loss: sum over these windows of the teacher's mean loss, in nats.
+        teacher_entropy: sum over these windows of the teacher's mean entropy, in nats.
+    """
+
+    tokens: int = 0
+    positions: int = 0
+    entries: int = 0
+    mass: float = 0.0
+    windows: int = 0
+    teacher_loss: float = 0.0
+    teacher_entropy: float = 0.0
+
+    def __iadd__(self, other: LabelStatistics) -> Self:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Return the numbers, and means per position or window, as JSON values; None without any.
+
+        Loss and entropy are means over the windows whose tokens all have the label.
+        """
+
+        def mean(total: float, count: int) -> float | None:
+            return total / count if count else None
+
+        return {
+            "tokens": self.tokens,
+            "positions": self.positions,
+            "entries_per_position": mean(self.entries, self.positions),
+            "mean_mass": mean(self.mass, self.positions),
+            "windows": self.windows,
+            "mean_teacher_loss": mean(self.teacher_loss, self.windows),
+            "mean_teacher_entropy": mean(self.teacher_entropy, self.windows),
+        }
+
+
+def statistics_by_label(
+    windows: Iterable[WindowRecord],
+    documents: Callable[[int], Sequence[tuple[str | None, int]]],
+) -> dict[str | None, LabelStatistics]:
+    """Return the statistics of windows by the label of their documents.
+
+    A position belongs to the document of its token. A cache stores the teacher's loss and entropy
+    once per window, so these count only for windows whose documents all have one label.
+
+    Args:
+        windows: windows of a cache.
+        documents: function that returns the label and the number of tokens of each document in a
+            window, given the index of the window.
+    """
+    found: dict[str | None, LabelStatistics] = {}
+    for window in windows:
+        start, runs = 0, documents(window.window_index)
+        present = torch.from_numpy(window.present())
+        entries, mass = window.targets.entries_per_position, window.targets.mass()
+        for label, tokens in runs:
+            own = slice(start, start + tokens)
+            start += tokens
+            found.setdefault(label, LabelStatistics())
+            found[label] += LabelStatistics(
+                tokens,
+                int(present[own].sum()),
+                int(entries[own].sum()),
+                float(mass[own].sum(dtype=torch.float64)),
+            )
+        if len({label for label, _ in runs}) == 1:
+            loss, entropy = window.teacher_loss, window.teacher_entropy
+            found[runs[0][0]] += LabelStatistics(0, 0, 0, 0.0, 1, loss, entropy)
+    return found
 
 
 def _whole_numbers(values: Tensor) -> Histogram:
