@@ -20,7 +20,7 @@ from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.lab.tasks import write_tasks
 from sparselogits.shrink import layer_influence, layer_losses, shrink
 from sparselogits.shrink.layout import layout_of
-from tests.conftest import run_python, tiny_llama
+from tests.conftest import run_python, tiny_llama, write_lines
 
 V = 97
 COMMON = {
@@ -252,6 +252,29 @@ def test_command_writes_a_folder_that_loads_and_generates(teacher_folder, text, 
         model.model.layers[0].self_attn.q_proj.weight,
         tiny_llama().model.layers[kept].self_attn.q_proj.weight,
     )
+
+
+def test_rows_of_token_ids_are_calibration_text(teacher_folder, tokenizer, text, line, tmp_path):
+    """Rows are joined, so rows of whole documents give the student of their text."""
+    texts = [json.loads(each)["text"] for each in text.open()]
+    separator = tokenizer.eos_token_id
+    ids = [tokenizer(each)["input_ids"] + [separator] for each in texts]
+    rows = write_lines(
+        tmp_path / "rows.jsonl",
+        ({"input_ids": own, "seq_lengths": [1, len(own) - 1]} for own in ids),
+    )
+    options = shlex.split("--intermediate-size 48 --windows 4 --window 32 --device cpu")
+    given = ["shrink", teacher_folder, *options]
+    assert line(*given, "--data", text, "--out", tmp_path / "a").code == 0
+    done = line(
+        *(*given, "--data", rows, "--tokenized-by", teacher_folder, "--out", tmp_path / "b")
+    )
+    assert done.code == 0, done.err
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert one == other
+    refused = line(*given, "--data", rows, "--out", tmp_path / "c")
+    assert refused.code != 0
+    assert "--tokenized-by" in refused.err
 
 
 def test_lm_eval_loads_and_scores_a_shrunk_folder(teacher_folder, tmp_path):

@@ -23,9 +23,12 @@ from sparselogits.cli.options import (
     Allow,
     Device,
     Dtype,
+    JoinRows,
     Json,
     SeparatorId,
     Teacher,
+    TokenizedBy,
+    optional_tokenizer,
     print_json,
     print_next,
     resolve_device,
@@ -76,6 +79,8 @@ def gradients(
         "Tokens per batch. May be repeated.", shown="1, 4 and 16 windows"
     ),
     batches: int = DATA("Number of batches of the largest size.", 2),
+    tokenized_by: TokenizedBy = None,
+    join_rows: JoinRows = False,
     separator_id: SeparatorId = None,
     budget: float = TARGETS("Mean number of entries per token of the unbiased targets.", 12.0),
     top_k: list[int] | None = TARGETS(
@@ -105,9 +110,14 @@ def gradients(
     if out is not None:
         require_file_or_nothing(out)
     sizes = batch or [window, 4 * window, 16 * window]
-    source = open_source(data)
+    source = open_source(data, tokenized_by=optional_tokenizer(tokenized_by), join_rows=join_rows)
     tokenizer = load_tokenizer(teacher)
-    packing = packing_for(tokenizer, window_length=window, separator_id=separator_id)
+    packing = packing_for(
+        tokenizer,
+        window_length=window,
+        separator_id=separator_id,
+        reset_attention=tokenized_by is not None and not join_rows,  # a row may have several texts
+    )
     _require_students(students)
     with tempfile.TemporaryDirectory() as folder:
         corpus = pack(
@@ -206,17 +216,25 @@ def _load_students(
 
 
 def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
-    """Return the tokens, int64 [L], and logits at P positions, float32 [P, V], per pilot window."""
+    """Return the tokens, int64 [L], and logits at P positions, float32 [P, V], per pilot window.
+
+    A window ends at its last position with a label, before the padding of a row of token ids.
+    """
     import torch
 
-    from sparselogits.evaluate.passes import teacher_slices, without_padding
+    from sparselogits.evaluate.passes import teacher_slices
+    from sparselogits.objectives import IGNORE_INDEX
     from sparselogits.store.ranges import spread
 
     found = []
     for index in spread(len(windows), PILOT_WINDOWS):
-        item = without_padding(windows[index])
+        item = windows[index]
+        labelled = (item["shift_labels"] != IGNORE_INDEX).nonzero()
+        if not len(labelled):
+            continue
+        length = int(labelled[-1]) + 1
         pieces = [logits for _, logits in teacher_slices(engine, item) if logits is not None]
-        found.append((item["input_ids"], torch.cat(pieces)[::PILOT_STRIDE]))
+        found.append((item["input_ids"][:length], torch.cat(pieces)[:length:PILOT_STRIDE]))
     return found
 
 

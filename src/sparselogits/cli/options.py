@@ -133,7 +133,7 @@ TokenizedBy = Annotated[
     str | None,
     typer.Option(
         help="Tokenizer of data that consists of token ids (column `input_ids`, or .ds, .bin and "
-        ".idx files): a folder or a name on the Hugging Face hub. Each row is a window.",
+        ".idx files): a folder or a name on the Hugging Face hub.",
         show_default="the data is text",
         rich_help_panel=DATA,
     ),
@@ -142,7 +142,8 @@ JoinRows = Annotated[
     bool,
     typer.Option(
         "--join-rows",
-        help="Concatenate the rows of token ids (--tokenized-by), and cut windows from the result.",
+        help="Concatenate the rows of token ids (--tokenized-by), and cut windows from the result. "
+        "Otherwise each row is a window.",
         rich_help_panel=DATA,
     ),
 ]

@@ -16,7 +16,9 @@ from sparselogits.cli.options import (
     Device,
     Group,
     Json,
+    TokenizedBy,
     TrustRemoteCode,
+    optional_tokenizer,
     print_json,
     print_next,
     resolve_device,
@@ -75,6 +77,7 @@ def shrink(
         "cache`.",
         shown="none; give this or --cache",
     ),
+    tokenized_by: TokenizedBy = None,
     windows: int = DATA("Number of calibration windows, spread evenly over the text.", 32, min=1),
     window: int = DATA("Tokens per calibration window, with --data.", 512, min=2),
     dtype: str = MODEL(
@@ -115,7 +118,7 @@ def shrink(
     if cache is not None and needs_text:
         tokens = _tokens_of_cache(cache, tokenizer, windows)
     elif needs_text:
-        tokens = _tokens_of_text(str(data), tokenizer, model, window, windows)
+        tokens = _tokens_of_text(str(data), tokenized_by, tokenizer, model, window, windows)
     with stage("measuring", "passes") as update:
         shrunk = shrink(
             model,
@@ -176,20 +179,26 @@ def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     return joined_texts([cache[i] for i in spread(len(cache), count)])
 
 
-def _tokens_of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> Tensor:
-    """Return the tokens of `count` windows spread over a text, int64 [count, L]."""
+def _tokens_of_text(
+    name: str, tokenized_by: str | None, tokenizer: Any, model: Any, window: int, count: int
+) -> Tensor:
+    """Return the tokens of `count` windows spread over a text, int64 [count, L].
+
+    Rows of token ids are joined, as documents are, so that no padding is measured.
+    """
     import numpy as np
     import torch
 
     from sparselogits.corpus import open_source, pack, packing_for
     from sparselogits.store.ranges import spread
 
-    source = open_source(name)
+    rows = tokenized_by is not None
+    source = open_source(name, tokenized_by=optional_tokenizer(tokenized_by), join_rows=rows)
     with tempfile.TemporaryDirectory() as folder, stage("packing text", "MB", per_unit=1e-6) as bar:
         corpus = pack(
             source,
             tokenizer,
-            packing_for(tokenizer, window_length=window),
+            packing_for(tokenizer, window_length=window, reset_attention=rows),
             Path(folder) / "corpus",
             vocab_size=model.get_output_embeddings().weight.shape[0],
             progress=bar,

@@ -20,8 +20,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from sparselogits.corpus import PackedCorpus
 from sparselogits.data import CacheDataset, WindowRequest
-from sparselogits.errors import CacheError, InvalidArgumentError
+from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
 from sparselogits.lab.compare import Results, compare, parse_compare_recipe, read_results
 from sparselogits.lab.compare.caches import Draw, prepare
 from sparselogits.lab.compare.comparison import ComparisonState
@@ -30,6 +31,7 @@ from sparselogits.lab.compare.results import MetricEstimate, Realised
 from sparselogits.lab.compare.windows import differences, read_windows, windows_of
 from sparselogits.store import Cache
 from sparselogits.train.trainer import SparseKDTrainer
+from tests.conftest import write_lines
 
 METHODS: list[Any] = [
     "ce",
@@ -395,3 +397,24 @@ def test_finished_work_of_older_versions_is_taken_over(results, values, tmp_path
     again = compare(recipe)
     assert again.runs == results.runs
     assert again.teacher == results.teacher
+
+
+def test_rows_of_token_ids_are_compared(tiny, tokenizer, teacher_folder, tmp_path):
+    """Each row is a window of every cache and of the held-out text; padding has no target."""
+    values = tiny(tmp_path, methods=["ce", {"sampler": "topk", "k": 4}], seeds=[0])
+    texts = [json.loads(line)["text"] for line in Path(values["data"]).read_text().splitlines()]
+    rows = [ids[:n] for text in texts for n in (32, 20) if (ids := tokenizer(text)["input_ids"])]
+    data = write_lines(tmp_path / "rows.jsonl", ({"input_ids": ids} for ids in rows))
+    values |= {"data": str(data), "tokenized_by": str(teacher_folder)}
+    found = compare(parse_compare_recipe(values, source="a test"))
+    assert [run.status for run in found.runs] == ["done", "done"]
+    corpus = PackedCorpus.open(tmp_path / "out" / "corpus")
+    assert corpus.windows + corpus.holdout_windows == len(rows)
+    held = corpus.read_holdout(0, corpus.holdout_windows)
+    assert all(window.tokens.tolist()[:20] in [row[:20] for row in rows] for window in held)
+    for root in (tmp_path / "out" / "caches").iterdir():
+        cache = Cache.open(root)
+        assert {int(cache.read(i).present().sum()) for i in range(len(cache))} == {31, 19}
+    without = {**values, "tokenized_by": None, "out": str(tmp_path / "none")}
+    with pytest.raises(CorpusError, match="--tokenized-by"):
+        compare(parse_compare_recipe(without, source="a test"))

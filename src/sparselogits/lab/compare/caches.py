@@ -158,7 +158,11 @@ def prepare(
             comparison with another teacher or text.
     """
     source = open_source(
-        recipe.data, text_field=recipe.text_field, completion_only=recipe.completion_only
+        recipe.data,
+        text_field=recipe.text_field,
+        completion_only=recipe.completion_only,
+        tokenized_by=None if recipe.tokenized_by is None else load_tokenizer(recipe.tokenized_by),
+        join_rows=recipe.join_rows,
     )
     masked = names_masked_model(recipe.teacher)
     _require_for_teacher(recipe, masked=masked)

@@ -296,6 +296,14 @@ class CompareRecipe(_Strict):
     completion_only: bool = Field(
         False, description="train only on the assistant's turns of conversations"
     )
+    tokenized_by: str | None = Field(
+        None,
+        description="tokenizer of data that consists of token ids, a row of which is a window; the "
+        "data is text when absent",
+    )
+    join_rows: bool = Field(
+        False, description="concatenate rows of token ids and cut them into windows"
+    )
     out: Path = Field(description="output directory")
     window: Annotated[int, Field(ge=2)] = Field(256, description="number of tokens per window")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
