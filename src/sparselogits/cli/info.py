@@ -168,7 +168,7 @@ def print_info(
             by_text[f"{number}: {names.get(one.fingerprint, one.fingerprint[:12])}"] = own
     sample = sample_cache(opened, sampled) if sampled and facts.windows else None
     if as_json:
-        shown = {
+        shown: dict[str, object] = {
             "path": str(root),
             "fingerprint": opened.identity.fingerprint,
             "identity": opened.identity.to_json(),
