@@ -19,10 +19,11 @@ import os
 import signal
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypedDict
+from typing import TypedDict
+
+from tests.forks import fork_command, wait_for
 
 ANY = "any"
 PASSED = 77
@@ -77,42 +78,23 @@ class Interruption:
             signal.raise_signal(signal.SIGINT)
 
 
-def run(case: Case) -> NoReturn:
-    """Run a command in this process, and exit with its exit code."""
-    os.chdir(case["folder"])
-    out = os.open(case["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(out, stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["sparselogits", *case["words"]]
-    interruption = Interruption(case["moment"])
-    code: Any = 1
-    try:
-        from sparselogits.__main__ import main
-
-        sys.setprofile(interruption)
-        main()
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.setprofile(None)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if interruption.seen < interruption.nth:
-            Path(f"{case['said']}.calls").write_text(str(interruption.seen))
-            os._exit(PASSED)
-        os._exit(code or 0)
-
-
 def carry_out(case: Case) -> int:
     """Run a case in a fork; return its exit code, or minus the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        run(case)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    interruption = Interruption(case["moment"])
+
+    def before() -> None:
+        os.chdir(case["folder"])
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.setprofile(interruption)
+
+    def after(code: int) -> int:
+        if interruption.seen < interruption.nth:
+            Path(f"{case['said']}.calls").write_text(str(interruption.seen))
+            return PASSED
+        return code
+
+    return wait_for(fork_command(case["words"], Path(case["said"]), before, after))
 
 
 def sweep(times: int, words: list[str]) -> None:

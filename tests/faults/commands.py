@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ import sparselogits.caching
 import sparselogits.lab.compare
 import sparselogits.lab.report
 import sparselogits.train
-from sparselogits.cli import main
 from tests.conftest import make_tokenizer, tiny_llama
+from tests.forks import fork_command, wait_for
 
 SECONDS = 120
 CACHE = ("--window", "16", "--rounds", "4", "--windows-per-shard", "4", "--batch", "4")
@@ -45,16 +43,8 @@ class Child:
 
     def wait(self) -> int:
         """Return the exit code; kill the command after two minutes, and return -9."""
-        end = time.monotonic() + SECONDS
-        while self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-                end = float("inf")
-            else:
-                time.sleep(0.005)
+        if self.code is None:
+            self.code = wait_for(self.pid, SECONDS)
         return self.code
 
     @property
@@ -64,25 +54,8 @@ class Child:
 
 def start(words: tuple[str, ...], log: Path, at: float = 0.0) -> Child:
     """Start a command at a time of the monotonic clock."""
-    pid = os.fork()
-    if pid:
-        return Child(words, pid, log)
-    code = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(output, stream)
-        sys.argv = ["sparselogits", *words]
-        time.sleep(max(0.0, at - time.monotonic()))
-        main()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BaseException as error:
-        os.write(2, f"escaped: {error!r}\nTraceback".encode())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    pid = fork_command(words, log, lambda: time.sleep(max(0.0, at - time.monotonic())))
+    return Child(words, pid, log)
 
 
 def run(words: tuple[str, ...], log: Path) -> Child:

@@ -27,7 +27,6 @@ import json
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ import pyarrow as pa
 from sparselogits.store import Cache, WindowRecord
 from tests.faults import forge
 from tests.faults.forge import Page, Shard, struct_of
+from tests.forks import fork_command, wait_for
 
 MEMORY_MIB = 320
 SECONDS = 60
@@ -598,59 +598,34 @@ class Outcome:
 
 def ran(line: list[str], work: Path, memory_mib: int = MEMORY_MIB) -> Outcome:
     """Run a command line in a forked child under the limits."""
-    said, begun = work / "said", time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _child(line, said, memory_mib)
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        if time.monotonic() - begun > SECONDS:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return Outcome(-999, SECONDS, 0, said.read_text(errors="replace"))
-        time.sleep(0.005)
-    code = os.waitstatus_to_exitcode(status)
-    peak = work / "peak"
-    mib = float(peak.read_text() or 0) if peak.exists() else 0.0
+    said, peak, begun = work / "said", work / "peak", time.monotonic()
     peak.unlink(missing_ok=True)
-    return Outcome(code, time.monotonic() - begun, mib, said.read_text(errors="replace"))
+    mapped = 0
 
-
-def _child(line: list[str], said: Path, memory_mib: int) -> None:
-    from sparselogits.cli import main
-
-    code, mapped = 70, 0
-    try:
-        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for standard in (1, 2):
-            os.dup2(descriptor, standard)
-        os.chdir(said.parent)
+    def limited() -> None:
+        nonlocal mapped
+        os.chdir(work)
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + (memory_mib << 20),) * 2)
-        sys.argv = ["sparselogits", *line]
-        main()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BaseException as error:  # says so in its own way, and would be taken for a result
-        os.write(2, f"ESCAPED {error!r}".encode())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+
+    def measured(code: int) -> int:
         highest = int(Path("/proc/self/status").read_text().split("VmPeak:")[1].split()[0]) << 10
-        (said.parent / "peak").write_text(str((highest - mapped) / 2**20))
-        os._exit(code)
+        peak.write_text(str((highest - mapped) / 2**20))
+        return code
+
+    code = wait_for(fork_command(line, said, limited, measured), SECONDS)
+    mib = float(peak.read_text() or 0) if peak.exists() else 0.0
+    return Outcome(code, time.monotonic() - begun, mib, said.read_text(errors="replace"))
 
 
 def judged(command: str, mutation: Mutation, outcome: Outcome) -> str | None:
     """Return what is wrong with an outcome; None if nothing is wrong."""
     said, name = outcome.said, command.split()[0]
-    if outcome.code == -999:
+    if outcome.code == -signal.SIGKILL:
         return "did not end"
     if outcome.code not in (0, 2):
         return f"exit code {outcome.code}"
-    if "Traceback" in said or "bug:" in said or "ESCAPED" in said:
+    if "Traceback" in said or "bug:" in said:
         return "a traceback"
     if any(not (c.isprintable() or c in "\n\t ") for c in said):
         return "control characters"
