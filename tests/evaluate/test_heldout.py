@@ -1,13 +1,18 @@
 """Test that held-out metrics equal those of a plain computation on all logits."""
 
+import numpy as np
 import pytest
 import torch
 
+from sparselogits.corruption import Corruption, TokenKinds
 from sparselogits.data import TextDataset, collate
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
-from sparselogits.teacher import load_teacher
+from sparselogits.language_model import Head
+from sparselogits.objectives import Masked
+from sparselogits.teacher import TransformersTeacher, load_teacher
 from tests.conftest import tiny_llama
+from tests.masked_models import MODELS
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["attention kept", "attention reset"])
@@ -39,6 +44,41 @@ def test_against_a_plain_computation(windows, teacher_folder, tokenizer):
     assert found["teacher"].agreement == 1.0
     assert result.positions == int(counted.sum())
     assert len(result.loss_by_window) == 5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masked_models_against_a_plain_computation(name, packed_text, monkeypatch):
+    """Heads multiply the chosen positions alone, and the metrics are those of all logits."""
+    corpus = packed_text(48, holdout=0.2)
+    kinds = TokenKinds(np.arange(520) < 4, None, np.zeros(520, np.int8), np.zeros(520, np.int8))
+    windows = TextDataset(corpus, limit=5, corruption=Corruption(Masked(3), kinds))
+    torch.manual_seed(0)
+    models = [MODELS[name](vocab_size=520).eval() for _ in range(2)]
+    for model in models:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    batch = collate([windows[i] for i in range(len(windows))])
+    counted, labels = batch["shift_labels"] != -100, batch["labels"]
+    with torch.no_grad():
+        log_p, log_s = (
+            model(input_ids=batch["input_ids"]).logits[counted].double().log_softmax(-1)
+            for model in models
+        )
+    rows = []
+    multiply = Head.__call__
+
+    def recorded(head, hidden):
+        if hidden.dim() == 2:  # not the probe of a model
+            rows.append(len(hidden))
+        return multiply(head, hidden)
+
+    teacher = TransformersTeacher(models[0], identity={}, slice_positions=20)
+    monkeypatch.setattr(Head, "__call__", recorded)
+    found = evaluate({"student": models[1]}, windows, teacher)["student"]
+    assert found.positions == int(counted.sum()) < 0.3 * counted.numel()
+    assert sum(rows) == 2 * found.positions  # of teacher and student
+    loss = -log_s.gather(1, labels[counted][:, None]).mean()
+    assert found.loss == pytest.approx(float(loss), abs=1e-5)
+    assert found.kl == pytest.approx(float((log_p.exp() * (log_p - log_s)).sum(1).mean()), abs=1e-5)
 
 
 def test_without_a_teacher_there_is_no_divergence(windows):

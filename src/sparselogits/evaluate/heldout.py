@@ -34,6 +34,7 @@ from sparselogits.evaluate.intervals import (
 )
 from sparselogits.evaluate.passes import (
     StudentLogits,
+    labelled_positions,
     model_inputs,
     require_ids,
     teacher_slices,
@@ -280,45 +281,34 @@ def _measure_window(
     logits_of = {name: student.over(model_inputs(item)) for name, student in learners.items()}
     names = [*(["teacher"] if teacher is not None else []), *learners]
     pieces: dict[str, list[_Measured]] = {name: [] for name in names}
-    for positions, taught in teacher_slices(teacher, item):
-        for rows in _blocks(positions, taught):
-            counted = labels[rows] != IGNORE_INDEX
-            if not bool(counted.any()):
-                continue
-            true_tokens = labels[rows][counted]
+    # only positions with a label are multiplied by a head: few, for a masked language model
+    for part, taught in teacher_slices(teacher, item, labels != IGNORE_INDEX):
+        positions = labelled_positions(labels, part)
+        for rows in _blocks(len(positions), taught):
+            true_tokens = labels[positions[rows]]
             predicted = None
             if taught is not None:
-                within = slice(rows.start - positions.start, rows.stop - positions.start)
-                log_p = _log_softmax(taught[within], counted)
+                log_p = taught[rows].log_softmax(1)
                 if draft is not None:
                     log_p = draft.restrict_log_probabilities(log_p)
                 predicted = _TeacherPredictions.of(log_p, restricted=draft is not None)
                 pieces["teacher"].append(_measure_teacher(predicted, true_tokens))
             for name, logits in logits_of.items():
-                log_s = _log_softmax(logits(rows), counted)
+                log_s = logits(positions[rows]).log_softmax(1)
                 if draft is not None:
                     draft.require_head(log_s.shape[1])
                 pieces[name].append(_measure_student(log_s, true_tokens, predicted))
     return {name: _joined(slices) for name, slices in pieces.items()}
 
 
-def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
-    """Divide a slice of positions into blocks of `BLOCK_ROWS` on a CPU, one block elsewhere.
+def _blocks(rows: int, taught: Tensor | None) -> Iterator[slice]:
+    """Divide rows of logits into blocks of `BLOCK_ROWS` on a CPU, one block elsewhere.
 
     On a CPU, mapping memory for one large tensor would take longer than the arithmetic.
     """
-    rows = positions.stop - positions.start
-    if taught is None or taught.device.type == "cpu":
-        rows = BLOCK_ROWS
-    for start in range(positions.start, positions.stop, rows):
-        yield slice(start, min(start + rows, positions.stop))
-
-
-def _log_softmax(logits: Tensor, counted: Tensor) -> Tensor:
-    """Compute the log-probabilities of the rows that have a label."""
-    if not bool(counted.all()):
-        logits = logits[counted.to(logits.device)]
-    return logits.log_softmax(1)
+    size = BLOCK_ROWS if taught is None or taught.device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
 @dataclass(frozen=True)

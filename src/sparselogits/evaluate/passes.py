@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.language_model import require_predicting, split
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.positions import positions_explained
 from sparselogits.teacher import Engine
+from sparselogits.teacher.engine import logits_at
 
 _SLICE = 256
 
@@ -41,14 +43,14 @@ class StudentLogits:
         """Method by which the student runs packed windows, probed at the first access."""
         return Documents.probe(self.model, self._run)
 
-    def over(self, inputs: dict[str, Tensor]) -> Callable[[slice], Tensor]:
+    def over(self, inputs: dict[str, Tensor]) -> Callable[[slice | Tensor], Tensor]:
         """Run the student over one window.
 
         Args:
             inputs: result of `model_inputs` for the window.
 
         Returns:
-            Function from a slice of P positions to their logits, float32 [P, V].
+            Function from P positions, a slice or int64 indices, to their logits, float32 [P, V].
         """
         states = self._states(inputs)
         if self.parts is None:
@@ -119,11 +121,17 @@ def document_starts(item: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def teacher_slices(
-    teacher: Engine | None, item: Mapping[str, Any]
+    teacher: Engine | None, item: Mapping[str, Any], wanted: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Yield the slices of positions of one window, each with the teacher's logits [P, V].
+    """Yield the slices of positions of one window, each with the teacher's logits.
 
     Without a teacher, None is yielded instead of logits.
+
+    Args:
+        teacher: the teacher.
+        item: window of a `CacheDataset` or `TextDataset`, without padding.
+        wanted: bool [L], true for positions whose logits are computed; None for all. The logits
+            have one row per wanted position of the slice.
     """
     length = len(item["input_ids"])
     if teacher is None:
@@ -131,8 +139,20 @@ def teacher_slices(
             yield slice(start, min(start + _SLICE, length)), None
         return
     starts = document_starts(item)
-    for piece in teacher.logits(item["input_ids"][None], None if starts is None else [starts]):
+    of_window = None if wanted is None else wanted[None]
+    tokens = item["input_ids"][None]
+    for piece in logits_at(teacher, tokens, None if starts is None else [starts], of_window):
         yield piece.positions, piece.logits
+
+
+def labelled_positions(labels: Tensor, positions: slice) -> Tensor:
+    """Return the positions of a slice that have a label, int64 indices into the window.
+
+    Args:
+        labels: labels of the window, int64 [L].
+        positions: slice of positions with step 1.
+    """
+    return (labels[positions] != IGNORE_INDEX).nonzero()[:, 0] + positions.start
 
 
 def require_ids(student: int, teacher: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError, TeacherError
-from sparselogits.teacher.engine import Engine, LogitsSlice
+from sparselogits.teacher.engine import Engine, LogitsSlice, logits_at
 
 
 class MixtureTeacher:
@@ -51,7 +51,6 @@ class MixtureTeacher:
             "mixture": list(weights),
         }
 
-    @torch.no_grad()
     def logits(
         self,
         tokens: Tensor,
@@ -63,9 +62,19 @@ class MixtureTeacher:
         Raises:
             TeacherError: the teachers divide a window into different slices.
         """
-        # engines of causal models may lack the argument
-        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-        streams = [teacher.logits(tokens, document_starts, **mask) for teacher in self.teachers]
+        return self.logits_at(tokens, document_starts, None, attention_mask)
+
+    @torch.no_grad()
+    def logits_at(
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None,
+        wanted: Tensor | None,
+        attention_mask: Tensor | None = None,
+    ) -> Iterator[LogitsSlice]:
+        """Yield the logits of wanted positions; see `logits` and `engine.logits_at`."""
+        given = (tokens, document_starts, wanted, attention_mask)
+        streams = [logits_at(teacher, *given) for teacher in self.teachers]
         for parts in zip(*streams, strict=True):
             if len({(part.row, part.positions.start, part.positions.stop) for part in parts}) > 1:
                 raise TeacherError(
