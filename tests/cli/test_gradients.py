@@ -8,7 +8,7 @@ import pytest
 from sparselogits.corpus import open_source, pack, packing_for
 from tests.cli.test_commands import command
 from tests.conftest import tiny_llama, write_lines
-from tests.masked_models import bert_tokenizer
+from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert, write_short_texts
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,28 @@ def test_token_ids_of_another_tokenizer_are_refused(
     assert "tokenizer" in done.err
     done = line("gradients", student, "--teacher", teacher_folder, "--data", rows)
     assert "--tokenized-by" in done.err
+
+
+def test_masked_models_are_compared_on_corrupted_text(text, line, tmp_path):
+    models = [tmp_path / "teacher", tmp_path / "student"]
+    for seed, folder in enumerate(models):
+        tiny_bert(seed, vocab_size=VOCABULARY).save_pretrained(folder)
+        bert_tokenizer().save_pretrained(folder)
+    short = write_short_texts(text, tmp_path / "short.jsonl")
+    out = tmp_path / "results.json"
+    options = ["--window", 32, "--batch", 64, "--draws", 2, "--budget", 4, "--top-k", 4]
+    given = ["gradients", models[1], "--teacher", models[0], "--data", short, *options]
+    done = line(*given, "--mask-rate", 0.4, "--fresh", "--adaptive", models[1], "--out", out)
+    assert done.code == 0, done.err
+    found = json.loads(out.read_text())
+    assert found["conditions"]["objective"]["rate"] == 0.4
+    students = found["conditions"]["students"]
+    assert {own["architecture"] for own in students.values()} == {"BertForMaskedLM"}
+    assert {row["target"] for row in found["rows"]} >= {"RS-KD", "adaptive", "label (CE)"}
+
+
+def test_a_mask_rate_is_refused_for_a_causal_teacher(student, teacher_folder, text, line):
+    given = ["gradients", student, "--teacher", teacher_folder, "--data", text]
+    done = line(*given, "--mask-rate", "random")
+    assert done.code != 0
+    assert "--mask-rate is for a masked language model" in done.err

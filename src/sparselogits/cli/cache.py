@@ -26,12 +26,14 @@ from sparselogits.cli.options import (
     Dtype,
     JoinRows,
     Json,
+    MaskRate,
     SeparatorId,
     Teacher,
     TokenizedBy,
     TrustRemoteCode,
     WindowsPerShard,
     optional_tokenizer,
+    parsed_mask_rate,
     print_next,
     print_train_command,
 )
@@ -128,11 +130,7 @@ def cache(
         "causal: the teacher predicts the next token. masked: it predicts masked tokens (BERT).",
         shown="by the class of the teacher",
     ),
-    mask_rate: str | None = TARGETS(
-        "For masked: share of tokens to predict, above 0 and at most 1; or `random` for a random "
-        "share per window, with the loss weighted by its inverse (masked diffusion).",
-        shown="0.15",
-    ),
+    mask_rate: MaskRate = None,
     mask_units: MaskUnits | None = TARGETS(
         "For masked: choose single tokens, whole words, or spans of --mask-span tokens.",
         shown="tokens",
@@ -374,13 +372,8 @@ def _masked(
     """Return the masked objective that the command-line options describe."""
     from sparselogits.corruption import objective_as_given
 
-    try:
-        share = rate if rate in (None, "random") else float(rate)
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f"--mask-rate is {rate!r}; give a share above 0 and at most 1, or random"
-        ) from error
     unit = None if units is None else units.value
+    share = parsed_mask_rate(rate)
     return objective_as_given(
         tokenizer, mask_rate=share, mask_units=unit, mask_span=span, seed=seed
     )

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import typer
 from rich.box import SIMPLE
@@ -25,10 +25,12 @@ from sparselogits.cli.options import (
     Dtype,
     JoinRows,
     Json,
+    MaskRate,
     SeparatorId,
     Teacher,
     TokenizedBy,
     optional_tokenizer,
+    parsed_mask_rate,
     print_json,
     print_next,
     resolve_device,
@@ -92,19 +94,21 @@ def gradients(
     adaptive: str | None = TARGETS(
         "Student whose learning signal controls the adaptive sampler.", shown="no adaptive sampler"
     ),
+    mask_rate: MaskRate = None,
     draws: int = TARGETS("Number of draws of each random target per batch.", 4),
-    seed: int = TARGETS("Random seed for sampling and for --fresh.", 0),
+    seed: int = TARGETS("Random seed for sampling, for masking and for --fresh.", 0),
     out: Path | None = OUTPUT("JSON file to write the results to.", shown="no file"),
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
     """Compare the gradient of each target with that of full KD: angle, norm, bias and noise."""
     from sparselogits.corpus import open_source, pack, packing_for
+    from sparselogits.corruption import Corruption, TokenKinds, objective_as_given
     from sparselogits.data import TextDataset
     from sparselogits.lab.gradients import measure_gradients, standard_targets
     from sparselogits.lab.gradients.compared import PUBLISHED
     from sparselogits.teacher import load_teacher
-    from sparselogits.teacher.loading import load_tokenizer
+    from sparselogits.teacher.loading import load_tokenizer, names_masked_model
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     if out is not None:
@@ -119,6 +123,15 @@ def gradients(
         reset_attention=tokenized_by is not None and not join_rows,  # a row may have several texts
     )
     _require_students(students)
+    hides = None
+    if names_masked_model(teacher):
+        rate = parsed_mask_rate(mask_rate)
+        hides = objective_as_given(tokenizer, mask_rate=rate, seed=seed)
+    elif mask_rate is not None:
+        raise InvalidArgumentError(
+            "--mask-rate is for a masked language model, and the teacher is a causal one: leave it "
+            "out, or use another teacher"
+        )
     with tempfile.TemporaryDirectory() as folder:
         corpus = pack(
             source,
@@ -127,7 +140,11 @@ def gradients(
             Path(folder) / "corpus",
             vocab_size=vocabulary_size(teacher) or max(tokenizer.get_vocab().values()) + 1,
         )
-        windows = TextDataset(corpus, holdout=False, limit=batches * max(sizes) // window)
+        corruption = None
+        if hides is not None:
+            corruption = Corruption(hides, TokenKinds.of(tokenizer, corpus.vocab_size))
+        limit = batches * max(sizes) // window
+        windows = TextDataset(corpus, holdout=False, limit=limit, corruption=corruption)
         if len(windows) * window < max(sizes):
             raise InvalidArgumentError(
                 f"the text fills {len(windows)} windows of {window} tokens; expected at least one "
@@ -139,7 +156,7 @@ def gradients(
         engine = load_teacher(teacher, tokenizer=tokenizer, dtype=dtype, device=device)
         pilot = _pilot(engine, windows)
         targets = standard_targets(
-            [logits for _, logits in pilot],
+            [own.logits for own in pilot],
             budget=budget,
             top_k=top_k or (12, 50, 300),
             missing_mass=[rule.value for rule in missing_mass or (Rule.drop,)],  # type: ignore[misc]
@@ -161,6 +178,7 @@ def gradients(
             "conditions": {
                 **_conditions(data, source.fingerprint, engine, learners),
                 "window": window,
+                **({} if hides is None else {"objective": hides.to_json()}),
                 "tokens": len(windows) // (max(sizes) // window) * max(sizes),
                 "draws": draws,
                 "seed": seed,
@@ -204,51 +222,66 @@ def _load_students(
 ) -> dict[str, nn.Module]:
     """Load the students in float32 and, with `fresh`, add one with random weights."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from sparselogits.language_model import predicts_masked
 
     learners = {Path(name).name: load_student(name, device, dtype="float32") for name in names}
     if fresh:
         torch.manual_seed(seed)
         first: Any = next(iter(learners.values()))
-        new = AutoModelForCausalLM.from_config(first.config, dtype=torch.float32)
-        learners["fresh"] = new.to(device)
+        kind: Any = AutoModelForMaskedLM if predicts_masked(first) else AutoModelForCausalLM
+        learners["fresh"] = kind.from_config(first.config, dtype=torch.float32).to(device)
     return learners
 
 
-def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
-    """Return the tokens, int64 [L], and logits at P positions, float32 [P, V], per pilot window.
+class _Pilot(NamedTuple):
+    """Pilot positions of one window.
 
-    A window ends at its last position with a label, before the padding of a row of token ids.
+    Args:
+        tokens: input of the window, int64 [L].
+        positions: positions that have a label, int64 [P].
+        logits: logits of the teacher at these positions, float32 [P, V].
     """
+
+    tokens: Tensor
+    positions: Tensor
+    logits: Tensor
+
+
+def _pilot(engine: Engine, windows: TextDataset) -> list[_Pilot]:
+    """Return the teacher's logits at positions of the pilot windows."""
     import torch
 
-    from sparselogits.evaluate.passes import teacher_slices
-    from sparselogits.objectives import IGNORE_INDEX
+    from sparselogits.evaluate.passes import labelled_positions, teacher_slices, without_padding
     from sparselogits.store.ranges import spread
 
+    # few positions of a corrupted window have a label
+    stride = PILOT_STRIDE if windows.corruption is None else 1
     found = []
     for index in spread(len(windows), PILOT_WINDOWS):
-        item = windows[index]
-        labelled = (item["shift_labels"] != IGNORE_INDEX).nonzero()
-        if not len(labelled):
-            continue
-        length = int(labelled[-1]) + 1
-        pieces = [logits for _, logits in teacher_slices(engine, item) if logits is not None]
-        found.append((item["input_ids"][:length], torch.cat(pieces)[:length:PILOT_STRIDE]))
+        item = without_padding(windows[index])
+        labels = item["shift_labels"]
+        wanted = torch.zeros(len(labels), dtype=torch.bool)
+        positions = labelled_positions(labels, slice(0, len(labels)))[::stride]
+        wanted[positions] = True
+        pieces = [own for _, own in teacher_slices(engine, item, wanted) if own is not None]
+        found.append(_Pilot(item["input_ids"], positions, torch.cat(pieces)))
     return found
 
 
-def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
+def _adaptive(student: str, pilot: Sequence[_Pilot], budget: float) -> Sampler:
     """Create an adaptive sampler that draws the default sampler's rounds at an average signal."""
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
-    rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds
+    rounds = fit_budget(Systematic(), [own.logits for own in pilot], budget).rounds
     assert rounds is not None  # the default draws rounds
     signal = StudentSignal.load(NamedSignal(student))
     means = []
-    for tokens, logits in pilot:
-        here = signal.at(tokens, slice(0, len(tokens), PILOT_STRIDE))
-        means.append(float(here.strength(logits).mean()))
+    for tokens, positions, logits in pilot:
+        if len(positions):
+            here = signal.at(tokens, positions)
+            means.append(float(here.strength(logits).mean()))
     return Adaptive(signal, rounds, reference=sum(means) / len(means))
 
 

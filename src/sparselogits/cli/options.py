@@ -147,6 +147,15 @@ JoinRows = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+MaskRate = Annotated[
+    str | None,
+    typer.Option(
+        help="For masked: share of tokens to predict, above 0 and at most 1; or `random` for a "
+        "random share per window, with the loss weighted by its inverse (masked diffusion).",
+        show_default="0.15",
+        rich_help_panel=TARGETS,
+    ),
+]
 WindowsPerShard = Annotated[
     int,
     typer.Option(min=1, help="Windows per file of the cache.", rich_help_panel=OUTPUT),
@@ -179,6 +188,16 @@ def optional_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> 
     from sparselogits.teacher.loading import load_tokenizer
 
     return None if name is None else load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def parsed_mask_rate(text: str | None) -> float | str | None:
+    """Parse the value of `--mask-rate`: a number, "random", or None if it is not given."""
+    try:
+        return text if text is None or text == "random" else float(text)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"--mask-rate is {text!r}; give a share above 0 and at most 1, or random"
+        ) from error
 
 
 def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:

@@ -8,17 +8,25 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sparselogits.corruption import Corruption, TokenKinds
 from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import t_interval
 from sparselogits.evaluate.intervals import t_quantile
-from sparselogits.lab.gradients import Target, measure_gradients, standard_targets
+from sparselogits.lab.gradients import (
+    GradientFidelity,
+    Target,
+    measure_gradients,
+    standard_targets,
+)
 from sparselogits.lab.gradients.moments import Moments
 from sparselogits.losses import MissingMass, sparse_cross_entropy
+from sparselogits.objectives import Masked
 from sparselogits.samplers import (
     Adaptive,
     Multinomial,
@@ -33,6 +41,7 @@ from sparselogits.samplers import (
 from sparselogits.targets import thinning_choices
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from tests.conftest import PADDED_VOCABULARY, tiny_llama
+from tests.masked_models import MODELS
 
 LENGTH = 24
 RULES = get_args(MissingMass)
@@ -67,17 +76,19 @@ def plain_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of the summed sparse loss on one window, in the five spaces, by autograd."""
     student.zero_grad()
-    inputs = {k: v[None] for k, v in item.items() if k != "shift_labels"}
+    inputs = {k: v[None] for k, v in item.items() if k in ("input_ids", "position_ids")}
     head_input: list[Tensor] = []
-    hook = student.lm_head.register_forward_pre_hook(lambda _, given: head_input.append(given[0]))
+    head = student.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: head_input.append(given[0]))
     logits = student(**inputs).logits
     hook.remove()
     logits.retain_grad()
     head_input[0].retain_grad()
     labels = item["shift_labels"]
-    sparse_cross_entropy(
+    loss = sparse_cross_entropy(
         logits[0], ids, weights, labels=labels, missing_mass=rule, alpha=alpha, reduction="sum"
-    ).backward()
+    )
+    (loss * item.get("loss_weight", 1.0)).backward()
     of_logits, of_hidden = logits.grad[0], head_input[0].grad[0]
     return {
         "logits": of_logits,
@@ -176,6 +187,41 @@ def test_figures_are_those_of_plain_backward_passes(student, windows, teacher, t
         draws=2,
         seed=7,
     )
+    assert_plain(rows, student, windows, teacher, target)
+
+
+@pytest.mark.parametrize("rate", [0.4, None])
+@pytest.mark.parametrize("name", ["BERT", "ModernBERT", "ELECTRA's generator"])
+def test_masked_students_are_compared_at_the_chosen_positions(name, rate, packed_text):
+    """With a random rate per window, whose inverse is the weight of the window's gradient."""
+    corpus = packed_text(LENGTH)
+    kinds = TokenKinds(np.arange(520) < 4, None, np.zeros(520, np.int8), np.zeros(520, np.int8))
+    corruption = Corruption(Masked(3, rate=rate), kinds)
+    windows = TextDataset(corpus, holdout=False, limit=6, corruption=corruption)
+    torch.manual_seed(1)
+    taught = MODELS["BERT"](vocab_size=520)
+    teacher = TransformersTeacher(taught, identity={}, slice_positions=10)
+    torch.manual_seed(4)
+    student = MODELS[name](vocab_size=520, tie_word_embeddings=name != "ModernBERT").eval().double()
+    torch.nn.init.normal_(student.get_output_embeddings().bias)
+    target = Target("a", Systematic(9), rounds=3, alpha=0.2)
+    sizes = [LENGTH, 3 * LENGTH]
+    rows = measure_gradients(
+        {"s": student}, windows, teacher, [target], batch_tokens=sizes, draws=2, seed=7
+    )
+    assert_plain(rows, student, windows, teacher, target)
+    with pytest.raises(InvalidArgumentError, match=r"student s \(LlamaForCausalLM\) is a causal"):
+        measure_gradients({"s": tiny_llama()}, windows, teacher, [target], batch_tokens=sizes)
+
+
+def assert_plain(
+    rows: list[GradientFidelity],
+    student: nn.Module,
+    windows: TextDataset,
+    teacher: TransformersTeacher,
+    target: Target,
+) -> None:
+    """Compare the metrics of one target with those of plain backward passes."""
     assert len(rows) == 5 * 2
     found = plain_windows(student, windows, teacher, target, rows[0].draws)
     for row in rows:

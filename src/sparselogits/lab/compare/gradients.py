@@ -169,7 +169,7 @@ def _measure(
     assert on is not None
     assert on.folder is not None  # a finished run has a folder
     model = load_language_model(str(on.folder / "model"), dtype="float32").to(device)
-    windows = TextDataset(setting.corpus, limit=wanted.windows)
+    windows = TextDataset(setting.corpus, limit=wanted.windows, corruption=setting.corruption)
     with stage(f"comparing gradients, {on.student}", "tokens", per_unit=recipe.window) as update:
         rows = measure_gradients(
             {on.student: model},

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.intervals import Estimate, t_interval
-from sparselogits.evaluate.passes import teacher_slices, without_padding
+from sparselogits.evaluate.passes import labelled_positions, teacher_slices, without_padding
 from sparselogits.lab.gradients.compared import Target
 from sparselogits.lab.gradients.moments import Moments
 from sparselogits.lab.gradients.student_gradients import Drawn, Space, StudentGradients
+from sparselogits.language_model import require_predicting
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.samplers import Sampler, thinning_starts, window_uniforms
 from sparselogits.targets import thinning_choices
@@ -120,9 +121,9 @@ def measure_gradients(
     """Compare the gradients of targets with full distillation's gradient.
 
     Args:
-        students: transformers causal language models by name, whose trunk and head can be run
-            separately. A student must not equal the teacher, because full distillation's gradient
-            would be zero.
+        students: transformers language models by name, whose trunk and head can be run separately:
+            masked ones if the windows are corrupted, otherwise causal ones. A student must not
+            equal the teacher, because full distillation's gradient would be zero.
         windows: text to measure on; windows that do not fill a batch of the largest size are not
             used.
         teacher: teacher whose distribution the targets approximate.
@@ -139,12 +140,18 @@ def measure_gradients(
 
     Raises:
         InvalidArgumentError: If trunk and head of a student cannot be run separately, a student
-            caps its logits, has fewer ids than the teacher or equals the teacher, or `targets`,
-            `batch_tokens`, `draws` or `against` is invalid.
+            caps its logits, has fewer ids than the teacher or equals the teacher, a model is causal
+            where the windows need a masked one, or the reverse, or `targets`, `batch_tokens`,
+            `draws` or `against` is invalid.
     """
     length = windows.corpus.packing.window_length
     sizes = _window_counts(batch_tokens, length, len(windows))
     draw_counts = _draw_counts(targets, draws, against)
+    masked = windows.corruption is not None
+    taught = getattr(teacher, "model", None)
+    models = {f"the student {name}": model for name, model in students.items()}
+    for whose, model in {**models, **({} if taught is None else {"the teacher": taught})}.items():
+        require_predicting(model, masked=masked, whose=whose, of="this text")
     learners = {
         name: StudentGradients(model, targets, draw_counts, sizes)
         for name, model in students.items()
@@ -156,50 +163,55 @@ def measure_gradients(
         item = without_padding(windows[index])
         for learner in learners.values():
             learner.begin(item)
-        for part, logits in teacher_slices(teacher, item):
+        labels = item["shift_labels"]
+        for part, logits in teacher_slices(teacher, item, labels != IGNORE_INDEX):
             assert logits is not None  # there is a teacher
-            labels = item["shift_labels"][part]
-            counted = labels != IGNORE_INDEX
-            if not bool(counted.any()):
+            rows = labelled_positions(labels, part)
+            if not len(rows):
                 continue
-            drawer = _Drawer(item["input_ids"], labels, part, logits, index, seed)
+            drawer = _Drawer(item["input_ids"], labels[rows], rows, logits, index, seed)
             drawn = [drawer.draws(t, n) for t, n in zip(targets, draw_counts, strict=True)]
             counts = [[int((draw.weights > 0).sum()) for draw in draws] for draws in drawn]
             entries += torch.tensor([sum(n) / len(n) for n in counts], dtype=torch.float64)
-            positions += int(counted.sum())
+            positions += len(rows)
             for learner in learners.values():
-                learner.add_slice(part, counted, logits, drawn, labels)
+                learner.add_slice(rows, logits, drawn, labels[rows])
         for learner in learners.values():
             learner.end()
         if progress is not None:
             progress(index + 1, used)
     per_position = (entries / max(1, positions)).tolist()
     names = [target.name for target in targets]
-    rows = []
+    found_rows = []
     for student, learner in learners.items():
         for size, batches in zip(sizes, learner.batches, strict=True):
             for (space, index), found in batches.found.items():
                 reference = None if against is None else batches.found[space, names.index(against)]
                 of = (student, targets[index], per_position[index], space, size * length)
-                rows.append(_fidelity(*of, found, reference))
-    return rows
+                found_rows.append(_fidelity(*of, found, reference))
+    return found_rows
 
 
 class _Drawer:
-    """Draws of targets at one slice of positions; targets of one sampler object share draws."""
+    """Draws of targets at some positions of a window; targets of one sampler share draws."""
 
     def __init__(
-        self, tokens: Tensor, labels: Tensor, part: slice, logits: Tensor, window: int, seed: int
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        logits: Tensor,
+        window: int,
+        seed: int,
     ) -> None:
-        self.tokens, self.labels, self.part = tokens, labels, part
+        self.tokens, self.labels, self.positions = tokens, labels, positions
         self.logits, self.window, self.seed = logits, window, seed
-        self.counted = labels != IGNORE_INDEX
         self.drawn: dict[tuple[int, int | None, int], Drawn] = {}
 
     def draws(self, target: Target, count: int) -> list[Drawn]:
-        """Return `count` draws of a target at the positions with a label."""
+        """Return `count` draws of a target."""
         if target.sampler is None:
-            ids = self.labels[self.counted, None]
+            ids = self.labels[:, None]
             return [Drawn(ids, torch.ones(ids.shape))]
         found = []
         for draw in range(count):
@@ -212,16 +224,13 @@ class _Drawer:
     def _draw(self, sampler: Sampler, rounds: int | None, draw: int) -> Drawn:
         length, per_position = len(self.tokens), sampler.uniforms_per_position
         uniforms = window_uniforms(self.seed + draw, self.window, length, per_position)
-        in_slice = uniforms[self.part].to(self.logits.device)
-        # all positions are drawn, because a sampler that follows a student needs them
-        targets = sampler.at(self.tokens, self.part)(self.logits, in_slice)
+        own = uniforms[self.positions].to(self.logits.device)
+        targets = sampler.at(self.tokens, self.positions)(self.logits, own)
         if rounds is not None:
             choices = thinning_choices(targets.rounds or 0, rounds)
             starts = thinning_starts(self.seed + draw, 0, self.window, length, choices)
-            targets = targets.thin(rounds, starts[self.part].to(targets.ids.device))
-        ids, weights = targets.padded()
-        counted = self.counted.to(ids.device)
-        return Drawn(ids[counted], weights[counted])
+            targets = targets.thin(rounds, starts[self.positions].to(targets.ids.device))
+        return Drawn(*targets.padded())
 
 
 def _fidelity(

@@ -7,6 +7,7 @@ The docstring of `measure.py` describes the five spaces of gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -87,6 +88,7 @@ class StudentGradients:
             else:
                 states = self.documents.run(self._run, tokens, positions[None])
         self.states: Tensor = states[0]
+        self.window_weight = float(item.get("loss_weight", 1.0))  # of masked diffusion
         head = self.parts.bound_head()
         dtype = accumulation_dtype(self.states.dtype)
         self.weight = head.weight.detach().to(dtype)
@@ -105,35 +107,35 @@ class StudentGradients:
 
     def _run(self, **inputs: Any) -> Tensor:
         arguments = {**inputs, "use_cache": False}
-        output = functional_call(self.parts.trunk, self.trunk_leaves, (), arguments)
-        states: Tensor = output.last_hidden_state
+        trunk, in_model = self.parts.trunk, self.parts.in_model
+        with self.parts.without_product() if in_model else nullcontext():
+            output = functional_call(trunk, self.trunk_leaves, (), arguments)
+        states: Tensor = output.logits if in_model else output.last_hidden_state
         return states
 
     @torch.no_grad()
     def add_slice(
         self,
-        part: slice,
-        counted: Tensor,
+        positions: Tensor,
         teacher_logits: Tensor,
         drawn: Sequence[Sequence[Drawn]],
         labels: Tensor,
     ) -> None:
-        """Add the gradients of a slice of positions.
+        """Add the gradients of P positions.
 
         Args:
-            part: slice of S positions in the window.
-            counted: mask of the positions with a label, bool [S].
-            teacher_logits: the teacher's logits at these positions, [S, V].
-            drawn: draws of each target at the positions with a label.
-            labels: true next token at each position, int64 [S].
+            positions: indices of positions of the window, int64 [P].
+            teacher_logits: the teacher's logits at these positions, [P, V].
+            drawn: draws of each target at these positions.
+            labels: token that each position predicts, int64 [P].
         """
         device, dtype = self.weight.device, self.weight.dtype
-        rows = torch.arange(part.start, part.stop)[counted].to(device)
+        rows = positions.to(device)
         states = self.states.detach()[rows].to(dtype)
         z = F.linear(states, self.weight, self.bias).mul_(self.parts.scale)
-        logits = teacher_logits[counted.to(teacher_logits.device)].to(device, dtype)
+        logits = teacher_logits.to(device, dtype)
         require_ids(z.shape[1], logits.shape[1])
-        next_tokens = labels[counted].to(device)
+        true_tokens = labels.to(device)
 
         def add(gradient: Tensor, window: WindowGradient) -> None:
             window.hidden[rows] = (gradient @ self.weight).mul_(self.parts.scale)
@@ -148,15 +150,17 @@ class StudentGradients:
                         z.requires_grad_(),
                         ids.to(device),
                         weights.to(device),
-                        labels=next_tokens,
+                        labels=true_tokens,
                         criterion=criterion,
                     )
                 (gradient,) = torch.autograd.grad(loss, z)
+                gradient *= self.window_weight
                 add(gradient, window)
                 yield gradient
 
         full = z.softmax(1)
         full[:, : logits.shape[1]] -= logits.softmax(1)
+        full *= self.window_weight
         add(full, self.full)
         for index, (target, draws) in enumerate(zip(self.targets, drawn, strict=True)):
             self.moments[index] += Moments.of(full, gradients(target, draws, index))
