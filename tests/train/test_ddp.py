@@ -12,6 +12,7 @@ import torch
 from sparselogits import CacheDataset
 from sparselogits.data import WindowOrder, collate
 from tests.conftest import run_python
+from tests.train.test_masked import make_cache
 
 SCRIPT = """
 import json, sys, torch
@@ -116,3 +117,42 @@ def test_the_command_trains_on_the_ranks_of_torchrun(cache, tmp_path):
     done = torchrun(2, *words)
     assert json.loads(done.stdout)["steps"] == 3  # 231 windows, 64 a step, the rest left out
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"recipe.json", "run.json", "model"}
+
+
+EVALUATES = """
+import json, sys
+from pathlib import Path
+from transformers import TrainingArguments
+from sparselogits import CacheDataset, SparseKDTrainer
+from sparselogits.train import leave_process_group
+from tests.masked_models import tiny_bert
+
+cache, out = sys.argv[1:]
+dataset, found = CacheDataset(cache), {}
+for size, drops in ((5, True), (8, False)):
+    args = TrainingArguments(
+        out, per_device_eval_batch_size=size, report_to="none", use_cpu=True,
+        dataloader_drop_last=drops,
+    )
+    trainer = SparseKDTrainer(tiny_bert(), args, train_dataset=dataset, eval_dataset=dataset)
+    metrics = trainer.evaluate()
+    found[size] = [metrics[name] for name in ("eval_loss", "eval_kd", "eval_kl")]
+if trainer.is_world_process_zero():
+    Path(out, "found.json").write_text(json.dumps(found))
+leave_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_like_one_process(tmp_path):
+    """Twelve windows: the last batches of two ranks repeat windows, and are not dropped."""
+    make_cache(tmp_path / "cache", rate=None)
+    script, found = tmp_path / "evaluate.py", {}
+    script.write_text(EVALUATES)
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        torchrun(ranks, script, tmp_path / "cache", out)
+        found[ranks] = json.loads((out / "found.json").read_text())
+    for values in (*found[1].values(), *found[2].values()):
+        assert values == pytest.approx(found[1]["8"], rel=1e-5)

@@ -359,10 +359,36 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Evaluate a batch; the logits are computed only if `prediction_loss_only` is False."""
         self.objective.with_logits, self._evaluates = not prediction_loss_only, True
+        inputs = self._without_repeated_labels(inputs)
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *others, **options)
         finally:
             self.objective.with_logits = self._evaluates = False
+
+    def _without_repeated_labels(self, inputs: Any) -> Any:
+        """Remove the labels of the windows that fill the last batches of an evaluation.
+
+        On several ranks, accelerate repeats windows so that all ranks have equal batches. It joins
+        the last batches in the order of the ranks, so the repeated windows come last.
+        """
+        state, labels = self.accelerator.gradient_state, inputs.get("shift_labels")
+        if self.args.world_size == 1 or labels is None or not state.end_of_dataloader:
+            return inputs
+        own = max(0, state.remainder - self.args.process_index * len(labels))
+        if state.remainder <= 0 or own >= len(labels):
+            return inputs
+        labels = labels.clone()
+        labels[own:] = IGNORE_INDEX
+        return {**inputs, "shift_labels": labels}
+
+    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        """Return a loader of batches; one for evaluation never omits the last windows."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and options.get("is_training", False)
+        try:
+            return super()._get_dataloader(*arguments, **options)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
@@ -481,9 +507,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         found = self.objective.evaluation.take(self._sum_over_ranks)
         prefix = options.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{k}": found[k] for k in ("kd", "kl") if k in found})
-        # the Trainer's mean over windows depends on the batch size if their numbers of labels
-        # differ; several ranks may read a window twice, which its gathering leaves out
-        if "ce" in found and self.args.world_size == 1:
+        # the Trainer's mean over windows depends on the batch size if windows differ in labels
+        if "ce" in found:
             output.metrics[f"{prefix}_loss"] = found["ce"]
         return output
 
