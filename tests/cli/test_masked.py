@@ -80,7 +80,16 @@ def test_documents_are_cached_in_windows_of_their_own(
     run("verify", cache)
     told = run("info", cache)
     assert "one document per window" in told
-    assert "padding counts as tokens" in told
+    # a window of the middle of a document has no start, and no padding
+    starts = [opened.read(i).document_starts for i in range(len(opened))]
+    ends = [int(max(own, default=0)) or 48 for own in starts]
+    share = sum(ends) / (48 * len(opened))
+    assert 0.2 < share < 0.95
+    assert f"{share:.1%} of them text and the others padding" in told
+    per_token = opened.statistics().bytes_on_disk / sum(ends)
+    assert f"{per_token:.2f}, the text's own tokens included (padding not counted)" in told
+    found = json.loads(run("info", cache, "--sample", 0, "--json"))
+    assert found["bytes_per_text_token"] == pytest.approx(per_token)
     run("eval", bert, "--cache", cache, "--data", short, "--device", "cpu", "--limit", 4)
     more = tmp_path / "more.jsonl"
     more.write_text(json.dumps({"text": "of the loop " * 60}) + "\n")

@@ -158,6 +158,7 @@ def print_info(
     from sparselogits.caching import names_of_texts
     from sparselogits.store import Cache, sample_cache
     from sparselogits.store.texts import named_texts
+    from sparselogits.store.tools.sample import GROUPS
 
     opened = Cache.open(root)
     texts, by_text = named_texts(opened.storage), {}
@@ -166,7 +167,11 @@ def print_info(
         names = names_of_texts(root)
         for number, (one, own) in enumerate(zip(texts, facts_of_texts, strict=True)):
             by_text[f"{number}: {names.get(one.fingerprint, one.fingerprint[:12])}"] = own
-    sample = sample_cache(opened, sampled) if sampled and facts.windows else None
+    identity = opened.identity
+    padded = identity.packing.get("kind") == "documents"
+    # how many tokens are padding is known only from the windows themselves
+    read = sampled or (GROUPS if padded else 0)
+    sample = sample_cache(opened, read) if read and facts.windows else None
     if as_json:
         shown: dict[str, object] = {
             "path": str(root),
@@ -174,9 +179,12 @@ def print_info(
             "identity": opened.identity.to_json(),
             "statistics": _as_json(facts),
         }
+        if padded and sample is not None:
+            shown["text_share"] = sample.text_share
+            shown["bytes_per_text_token"] = facts.bytes_per_token / sample.text_share
         if by_text:
             shown["texts"] = {name: _as_json(own) for name, own in by_text.items()}
-        if sample is not None:
+        if sampled and sample is not None:
             shown["sample"] = asdict(sample)
         if text is not None:
             shown["text"] = text
@@ -187,11 +195,15 @@ def print_info(
                 shown["by_other"] = {"values": len(labels) - len(rows), **rest.to_json()}
         print_json(shown)
         return
-    identity = opened.identity
     windows = f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens"
-    padded = ""
-    if identity.packing.get("kind") == "documents":
-        windows, padded = f"{windows}, one document per window", "; padding counts as tokens"
+    per_token, of_text = facts.bytes_per_token, ""
+    tokens = f"{facts.tokens:,}"
+    if padded and sample is not None:
+        windows = f"{windows}, one document per window"
+        about = "" if sample.windows == sample.of else "about "
+        tokens += f", {about}{sample.text_share:.1%} of them text and the others padding"
+        per_token /= sample.text_share
+        of_text = f" (padding not counted{about and ', estimated'})"
     console = results()
     for name, value in (
         ("cache", str(root)),
@@ -199,11 +211,11 @@ def print_info(
         ("sampler", identity.sampler_in_words()),
         *([("objective", identity.predicts.in_words())] if identity.objective else []),
         ("windows", windows),
-        ("tokens", f"{facts.tokens:,}{padded}"),
+        ("tokens", tokens),
         ("entries", f"{facts.entries:,}, {facts.entries_per_position:.2f} per token"),
         ("size", f"{facts.bytes_on_disk:,} bytes in {counted(facts.shards, 'shard')}"),
         ("bits per entry", f"{facts.bits_per_entry:.2f}"),
-        ("bytes per token", f"{facts.bytes_per_token:.2f}, the text's own tokens included{padded}"),
+        ("bytes per token", f"{per_token:.2f}, the text's own tokens included{of_text}"),
         ("teacher's loss", f"{facts.mean_teacher_loss:.3f} nats"),
         ("teacher's entropy", f"{facts.mean_teacher_entropy:.3f} nats"),
         ("identity", identity.fingerprint),
@@ -214,7 +226,7 @@ def print_info(
         _print_texts(console, by_text)
     if labels is not None:
         _print_labels(console, labels)
-    if sample is not None:
+    if sampled and sample is not None:
         _print_histograms(console, sample)
 
 

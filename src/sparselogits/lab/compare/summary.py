@@ -25,7 +25,7 @@ from sparselogits.lab.compare.results import (
     RunRow,
 )
 from sparselogits.lab.compare.runs import Outcome, Planned
-from sparselogits.store import Cache
+from sparselogits.store import Cache, sample_cache
 
 PAIRED = ("loss", "kl", "acceptance", "ece")
 """Names of the metrics for which the difference from CE is reported."""
@@ -195,7 +195,7 @@ def _method_row(
     )
     first = Draw.of(method, recipe, recipe.seeds[0])
     cache = setting.caches.get(first.key) if method.sampler else None
-    statistics_of = None if cache is None else Cache.open(cache).statistics()
+    per_token = None if cache is None else _target_bytes_per_text_token(Cache.open(cache))
     sampler = None if cache is None else dict(Cache.open(cache).identity.sampler)
     entries = [each.entries for each in done.values() if each.entries is not None]
     per_second = [each.tokens / each.seconds for each in done.values() if each.seconds]
@@ -208,9 +208,7 @@ def _method_row(
         sampler=sampler,
         unbiased=None if method.sampler is None else method.sampler.kind.unbiased,
         entries=statistics.fmean(entries) if entries else None,
-        bytes_per_token=None
-        if statistics_of is None
-        else (statistics_of.bytes_on_disk - statistics_of.text_bytes) / statistics_of.tokens,
+        bytes_per_token=per_token,
         seeds_done=list(done),
         seeds_failed=[r.planned.seed for r in runs if r.outcome is None and r.failure],
         seeds_not_run=[r.planned.seed for r in runs if r.outcome is None and not r.failure],
@@ -220,6 +218,14 @@ def _method_row(
         tokens_per_second=statistics.median(per_second) if per_second else None,
         tokens_per_cpu_second=statistics.median(per_cpu) if per_cpu else None,
     )
+
+
+def _target_bytes_per_text_token(cache: Cache) -> float:
+    """Return the bytes of the targets per token of text; padding, if there is any, is estimated."""
+    found, share = cache.statistics(), 1.0
+    if cache.identity.packing.get("kind") == "documents":
+        share = sample_cache(cache).text_share
+    return (found.bytes_on_disk - found.text_bytes) / (found.tokens * share)
 
 
 def metrics_of(

@@ -61,12 +61,14 @@ def _code(value: object) -> str:
 
 def _table(identity: Identity, found: CacheStatistics) -> str:
     """Return a Markdown table of statistics."""
+    padded = identity.packing.get("kind") == "documents"
+    padding = ", counting padding" if padded else ""
     rows = {
         "windows": f"{found.windows:,} of {identity.window_length} tokens",
-        "tokens": f"{found.tokens:,}, of which {found.positions:,} have a target",
+        "tokens": f"{found.tokens:,}{padding}, of which {found.positions:,} have a target",
         "sampler": _code(identity.sampler_in_words()),
         "entries per token": f"{found.entries_per_position:.2f}",
-        "bytes per token": f"{found.bytes_per_token:.2f}, including the tokens of the text",
+        "bytes per token": f"{found.bytes_per_token:.2f}, including the text's tokens{padding}",
         "bits per entry": f"{found.bits_per_entry:.2f}",
         "size": f"{found.bytes_on_disk:,} bytes in {counted(found.shards, 'shard')}",
         "vocabulary": f"{identity.vocab_size:,} ids; tokenizer sha256 "

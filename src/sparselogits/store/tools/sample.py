@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sparselogits.corpus.windows import text_length
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import shard_name, spread
 from sparselogits.store.records import WindowRecord
@@ -44,6 +45,7 @@ class CacheSample:
     Args:
         windows: number of windows in the sample.
         of: number of windows in the cache.
+        text_share: share of the sample's tokens that are text; the others are padding.
         entries: histogram of entries per position with a target.
         weights: histogram of the decimal logarithm of the weights.
         entropy: histogram of the teacher's mean entropy per window, in nats.
@@ -51,6 +53,7 @@ class CacheSample:
 
     windows: int
     of: int
+    text_share: float
     entries: Histogram
     weights: Histogram
     entropy: Histogram
@@ -79,9 +82,12 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
         for record in records
     ]
     weights = torch.cat([none, *(record.targets.weights for record in records)])
+    kind, length = cache.identity.packing.get("kind"), cache.identity.window_length
+    text = sum(text_length(kind, r.document_starts, length) or length for r in records)
     return CacheSample(
         windows=len(records),
         of=len(cache),
+        text_share=text / (len(records) * length) if records else 1.0,
         entries=_whole_numbers(torch.cat([none, *entries])),
         weights=_histogram(weights[weights > 0].log10(), _LOG_WEIGHT_EDGES),
         entropy=_histogram(torch.tensor([r.teacher_entropy for r in records]), None),
