@@ -54,37 +54,67 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
         if student.lora is not None:
             return _with_adapter(model, student.lora)
         return _quantised(model, student)
-    config: Any
+    identity = dataset.identity
+    config = student_configuration(
+        student,
+        vocab_size=vocab_size,
+        window_length=identity.window_length,
+        separator_id=identity.packing.get("separator_id"),
+    )
+    return _quantised(model_of(config, student), student)
+
+
+def student_configuration(
+    student: Student, *, vocab_size: int, window_length: int, separator_id: int | None
+) -> Any:
+    """Return the transformers configuration of a new model.
+
+    Args:
+        student: the student's settings, without a path.
+        vocab_size: number of token ids, if the settings have no configuration.
+        window_length: number of positions, if the settings have no configuration.
+        separator_id: id of the token that ends a text, if the settings have no configuration.
+
+    Raises:
+        RecipeError: If a configuration file cannot be read.
+    """
     if student.config is not None:
-        config = _configuration(student.config)
-    else:
-        layers, width, heads = student.layers, student.hidden_size, student.heads
-        if student.size is not None:
-            layers, width, heads = SIZES[student.size]
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=student.intermediate_size or max(1, round(width * 8 / 3 / 8)) * 8,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=student.kv_heads or heads,
-            max_position_embeddings=dataset.identity.window_length,
-            tie_word_embeddings=student.tied,
-            bos_token_id=None,
-            eos_token_id=dataset.identity.packing.get("separator_id"),
-            pad_token_id=None,
-        )
+        return _configuration(student.config)
+    layers, width, heads = student.layers, student.hidden_size, student.heads
+    if student.size is not None:
+        layers, width, heads = SIZES[student.size]
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=student.intermediate_size or max(1, round(width * 8 / 3 / 8)) * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=student.kv_heads or heads,
+        max_position_embeddings=window_length,
+        tie_word_embeddings=student.tied,
+        bos_token_id=None,
+        eos_token_id=separator_id,
+        pad_token_id=None,
+    )
+
+
+def model_of(config: Any, student: Student) -> nn.Module:
+    """Create a model of a configuration, with new weights on torch's default device, in float32.
+
+    Raises:
+        RecipeError: If transformers rejects the configuration.
+    """
     try:
         masked = names_masked_class(config)
         kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        model = kind.from_config(config, dtype=torch.float32)
+        model: nn.Module = kind.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise RecipeError(
             f"student: cannot create a language model from {shown(student.config)}: "
             f"{reason_of(error).splitlines()[0]}. Give the configuration of a causal or a masked "
             "language model"
         ) from error
-    return _quantised(model, student)
+    return model
 
 
 def _quantised(model: nn.Module, student: Student) -> nn.Module:

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM
 
 from sparselogits.corpus import PackedCorpus
 from sparselogits.corruption import Corruption
-from sparselogits.errors import InvalidArgumentError, RecipeError
+from sparselogits.errors import InvalidArgumentError, RecipeError, ShrinkError
 from sparselogits.lab.compare import Results, compare, parse_compare_recipe, read_results
 from sparselogits.lab.report.comparison import report_page
 from sparselogits.store import Cache
@@ -180,10 +180,14 @@ def test_distilberts_way_with_a_window_per_document(values: dict[str, Any], tmp_
         "students": {"half": {"from": "teacher", "layers": 2, "layer_score": "spaced"}},
         "training": values["training"] | {"max_steps": 2},
         "methods": ["ce", {"method": "full", "alpha": 0.3, "cosine": 0.5}, METHODS[-1]],
+        "gradients": {"windows": 2, "batch_windows": [2], "draws": 2},
     }
     found = compare(parse_compare_recipe(values | changes, source="test"))
     assert found.complete, [run.message for run in found.runs]
     assert {run.method for run in found.runs} >= {"full KD, alpha 0.3, cosine 0.5"}
+    measured = {row.method: row.gradient for row in found.methods if row.gradient is not None}
+    assert set(measured) == {"CE", "systematic 12"}, [row.gradient_failure for row in found.methods]
+    assert all(0 < own.sizes[0].angle.mean < 180 for own in measured.values())
     for path in (tmp_path / "out" / "caches").iterdir():
         assert Cache.open(path).identity.packing["kind"] == "documents"
 
@@ -213,7 +217,6 @@ def test_another_masking_is_another_cache_and_is_refused(
     [
         ({"draft": 3}, "draft: measured for causal language models only"),
         ({"tasks": {"names": ["continuation"]}}, "tasks: measured for causal"),
-        ({"gradients": {}}, "gradients: measured for causal language models only"),
         (
             {"students": {NEW: {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}}},
             "num_key_value_heads is 1, but the configuration of the teacher's class",
@@ -222,13 +225,32 @@ def test_another_masking_is_another_cache_and_is_refused(
             {"students": {NEW: {"from": "teacher", "layers": 2, "layer_score": "loss"}}},
             f"students.{NEW}: layer_score is loss",
         ),
+        (
+            {"students": {NEW: {"config": "BROKEN"}}},
+            f"students.{NEW}: student: cannot create a language model",
+        ),
+        (
+            {"methods": [{"method": "full", "cosine": 0.5}]},
+            f"students.{NEW}: the hidden size is 16 and the teacher's is 32",
+        ),
+        (
+            {"students": {NEW: {"from": "teacher", "hidden_size": 64}}},
+            "64",
+        ),
     ],
 )
-def test_what_a_masked_teacher_does_not_have_is_refused(
-    values: dict[str, Any], change: dict[str, Any], message: str
+def test_what_a_masked_teacher_does_not_have_is_refused_before_caches(
+    values: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises((InvalidArgumentError, RecipeError), match=message):
-        compare(parse_compare_recipe(values | change, source="test"))
+    broken = tmp_path / "config.json"
+    settings = {"hidden_size": 30, "num_attention_heads": 4, "architectures": ["BertForMaskedLM"]}
+    broken.write_text(json.dumps({"model_type": "bert", **settings}))
+    if "BROKEN" in str(change):
+        change = {"students": {NEW: {"config": str(broken)}}}
+    own = values | {"out": str(tmp_path / "out")} | change
+    with pytest.raises((InvalidArgumentError, RecipeError, ShrinkError), match=message):
+        compare(parse_compare_recipe(own, source="test"))
+    assert not (tmp_path / "out" / "caches").exists()
 
 
 def test_a_causal_teacher_takes_no_mask_settings(

@@ -37,7 +37,7 @@ from sparselogits.lab.compare.recipe import (
     MethodSpec,
     slug,
 )
-from sparselogits.lab.compare.students import make_students
+from sparselogits.lab.compare.students import make_students, require_students_fit
 from sparselogits.samplers import Sampler, from_parameters
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer, names_masked_model
@@ -196,6 +196,9 @@ def prepare(
     if masked:
         objective = objective_as_given(tokenizer, seed=recipe.draw_seed, **recipe.masking)
         corruption = Corruption(objective, TokenKinds.of(tokenizer, teacher.vocab_size))
+    # before the caches, because a student that cannot be made must not cost them
+    students = make_students(recipe, corpus, teacher, tokenizer, corruption)
+    require_students_fit(recipe, students, corpus, teacher.model)
     all_draws = [
         Draw.of(method, recipe, seed) for method in recipe.methods for seed in recipe.seeds
     ]
@@ -224,7 +227,6 @@ def prepare(
         )
     for cache in caches.values():
         keep_tokenizer(tokenizer, cache)  # training saves it with each student
-    students = make_students(recipe, corpus, teacher, tokenizer, corruption)
     return Setting(corpus, teacher, tokenizer, caches, failures, students, work, corruption)
 
 
@@ -235,7 +237,7 @@ def _require_for_teacher(recipe: CompareRecipe, *, masked: bool) -> None:
             f"{next(iter(recipe.masking))} is for a masked language model, and the teacher "
             f"{recipe.teacher} is a causal one; leave it out, or name another teacher"
         )
-    causal = {"tasks": recipe.tasks, "draft": recipe.draft, "gradients": recipe.gradients}
+    causal = {"tasks": recipe.tasks, "draft": recipe.draft}
     given = [name for name, value in causal.items() if value]
     if masked and given:
         raise InvalidArgumentError(

@@ -9,8 +9,12 @@ configuration, which is the teacher's with other sizes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig
 
 from sparselogits.corpus import PackedCorpus
 from sparselogits.corruption import Corruption
@@ -20,11 +24,14 @@ from sparselogits.evaluate.passes import joined_texts
 from sparselogits.files import write_whole
 from sparselogits.lab.compare.finished import fingerprint
 from sparselogits.lab.compare.recipe import CompareRecipe, FromTeacher, slug
+from sparselogits.language_model import text_config
 from sparselogits.shrink import save, shrink
 from sparselogits.store.ranges import spread
 from sparselogits.teacher import TransformersTeacher
+from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import load_language_model
 from sparselogits.train.recipe import SIZES, Student
+from sparselogits.train.student import model_of, student_configuration
 
 
 def make_students(
@@ -65,6 +72,55 @@ def make_students(
             path = str(_pruned(name, student, recipe, corpus, teacher, tokenizer, corruption))
         found[name] = Student(path=path, quantize=student.quantize)
     return found
+
+
+def require_students_fit(
+    recipe: CompareRecipe, students: Mapping[str, Student], corpus: PackedCorpus, teacher: Any
+) -> None:
+    """Check without weights that new students can be created, and have the teacher's width.
+
+    Only a cosine loss needs equal widths.
+
+    Args:
+        recipe: the comparison.
+        students: result of `make_students`.
+        corpus: corpus whose packing determines positions and separator of a new model.
+        teacher: the teacher's model.
+
+    Raises:
+        RecipeError: If a student does not fit.
+    """
+    cosine = next((method.title for method in recipe.methods if method.cosine), None)
+    for name, student in students.items():
+        config: Any
+        if student.path is None:
+            config = student_configuration(
+                student,
+                vocab_size=corpus.vocab_size,
+                window_length=recipe.window,
+                separator_id=corpus.packing.separator_id,
+            )
+            try:
+                with torch.device("meta"):
+                    model_of(config, student)
+            except RecipeError as error:
+                if "meta" in str(error.__cause__):
+                    continue  # the class computes with numbers that a model without weights lacks
+                raise RecipeError(f"students.{name}: {error}") from error
+        elif cosine is not None:
+            try:
+                config = AutoConfig.from_pretrained(model_named(student.path))
+            except (OSError, ValueError):
+                continue  # an adapter or a GGUF file
+        if cosine is None:
+            continue
+        width, expected = (text_config(c).hidden_size for c in (config, teacher.config))
+        if width != expected:
+            raise RecipeError(
+                f"students.{name}: the hidden size is {width} and the teacher's is {expected}, but "
+                f"the cosine loss of the method {cosine} compares their hidden states. Leave "
+                "cosine out, or give a student of the teacher's width"
+            )
 
 
 def _pruned(
