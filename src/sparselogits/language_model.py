@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -137,22 +138,41 @@ def masked_classes(config: Any) -> set[str]:
 
     Remote code is that to which the configuration's `auto_map` refers.
     """
-    from transformers.models.auto import modeling_auto as auto
-
-    def named(mapping: Any) -> set[str]:
-        values = ([v] if type(v) is str else v for v in mapping.values())
-        return {name for value in values for name in value}
-
-    # the classes of BART, MBart and XLM are in both mappings
-    masked = named(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    masked -= named(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM", "")
-    return masked | {str(remote).rpartition(".")[2]}
+    return set(_masked_classes_by_type().values()) | {str(remote).rpartition(".")[2]}
+
+
+@cache
+def _causal_classes() -> frozenset[str]:
+    """Return the class names of causal language models in transformers."""
+    from transformers.models.auto import modeling_auto
+
+    named = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return frozenset(name for value in named for name in ([value] if type(value) is str else value))
+
+
+@cache
+def _masked_classes_by_type() -> dict[str, str]:
+    """Return the class names of transformers' masked language models by model type."""
+    from transformers.models.auto import modeling_auto
+
+    named = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    # the classes of BART, MBart and XLM are in both mappings
+    return {kind: name for kind, name in named.items() if name not in _causal_classes()}
 
 
 def names_masked_class(config: Any) -> bool:
-    """Return whether a configuration names the class of a masked language model."""
-    return not masked_classes(config).isdisjoint(getattr(config, "architectures", None) or ())
+    """Return whether a configuration describes a masked language model.
+
+    An encoder (BERT, RoBERTa) is one unless the configuration names a causal class: the class may
+    also be that of the base model or of pretraining (BertForPreTraining), or missing.
+    """
+    named = set(getattr(config, "architectures", None) or ())
+    if not named.isdisjoint(masked_classes(config)):
+        return True
+    encoder = getattr(config, "model_type", None) in _masked_classes_by_type()
+    decodes = getattr(config, "is_decoder", False)
+    return encoder and not decodes and named.isdisjoint(_causal_classes())
 
 
 def predicts_masked(model: nn.Module) -> bool:
@@ -300,6 +320,21 @@ def _logits_of(model: nn.Module, tokens: Tensor) -> Tensor | None:
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
     return logits
+
+
+def output_columns(model: nn.Module) -> int:
+    """Return the number of columns V of a model's logits.
+
+    This is the number of rows of the head, except where a model multiplies the output of its head
+    by the input embedding (DeBERTa's).
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    rows = int(head.weight.shape[0])
+    if rows == embedding_rows(model):
+        return rows
+    with torch.no_grad():
+        logits = _logits_of(model, probe_tokens(model, head.weight.device))
+    return rows if logits is None else int(logits.shape[-1])
 
 
 def embedding_rows(model: nn.Module) -> int:

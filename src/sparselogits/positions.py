@@ -10,13 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparselogits.allowances import refuse
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
-from sparselogits.language_model import embedding_rows, text_config
+from sparselogits.language_model import text_config
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _RESERVED = 2  # rows of the table that some models reserve for padding
@@ -91,8 +92,10 @@ def check_window(
     limit = trained_positions(model)
     if limit is None or length <= limit:
         return
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    tokens = torch.arange(length, device=device)[None] % embedding_rows(model)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    # RoBERTa gives padding no position of its own, so a probe with padding would be too short
+    token = 1 if getattr(embedding, "padding_idx", None) == 0 else 0
+    tokens = torch.full((1, length), token, device=embedding.weight.device)
     try:
         run(input_ids=tokens)
     except _FAILURES as error:

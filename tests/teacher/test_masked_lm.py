@@ -3,10 +3,18 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import (
+    BartConfig,
+    BertConfig,
+    BertForPreTraining,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    LlamaConfig,
+)
 
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.evaluate.passes import StudentLogits
-from sparselogits.language_model import predicts_masked, split
+from sparselogits.language_model import names_masked_class, predicts_masked, split
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.teacher.loading import load_language_model, names_masked_model
 from tests.conftest import tiny_llama
@@ -128,3 +136,44 @@ def test_the_base_of_an_adapter_says_what_is_predicted(tmp_path) -> None:
 def test_a_masked_model_is_refused_where_the_next_token_is_predicted() -> None:
     with pytest.raises(InvalidArgumentError, match=r"the student \(BertForMaskedLM\) is a masked"):
         StudentLogits(tiny_bert())
+
+
+def test_an_encoder_is_masked_unless_its_checkpoint_names_a_causal_class() -> None:
+    named = {
+        "BertForMaskedLM": True,
+        "BertForPreTraining": True,
+        "BertModel": True,
+        "BertLMHeadModel": False,
+        None: True,
+    }
+    for name, masked in named.items():
+        config = BertConfig(architectures=None if name is None else [name])
+        assert names_masked_class(config) == masked, name
+    assert not names_masked_class(BertConfig(is_decoder=True))
+    assert not names_masked_class(LlamaConfig())
+    assert not names_masked_class(BartConfig())
+
+
+def test_a_checkpoint_of_pretraining_is_read_as_a_masked_model(tmp_path) -> None:
+    """Its classes have the masked model's head, and one for pairs of sentences."""
+    model = BertForPreTraining(tiny_bert().config).eval()
+    model.save_pretrained(tmp_path)
+    found = load_language_model(str(tmp_path)).eval()
+    assert type(found) is type(tiny_bert())
+    expected = model(input_ids=TOKENS).prediction_logits
+    torch.testing.assert_close(found(input_ids=TOKENS).logits, expected)
+
+
+def test_a_head_that_is_multiplied_by_the_embedding_takes_the_plain_path() -> None:
+    """DeBERTa's newer head: the output embeddings that transformers names have D rows, not V."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = DebertaV2Config(vocab_size=96, num_hidden_layers=2, **sizes, legacy=False)
+    model = DebertaV2ForMaskedLM(config).eval()
+    assert len(model.get_output_embeddings().weight) == 32
+    with pytest.warns(SparseLogitsWarning, match="the model's own forward pass"):
+        teacher = TransformersTeacher(model, identity={})
+    assert teacher.vocab_size == 96
+    found = torch.cat([piece.logits for piece in teacher.logits(TOKENS)])
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS).logits.flatten(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from sparselogits.caching.pilot import check_teacher_on_text
 from sparselogits.corpus import Window
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning, TeacherError
 from sparselogits.evaluate.passes import StudentLogits
-from sparselogits.positions import trained_positions
+from sparselogits.positions import check_window, trained_positions
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective, bind
 from tests.architectures import POSITIONS, VOCABULARY, tiny_model
@@ -52,6 +52,8 @@ def test_rows_of_a_table_that_are_reserved_for_padding_are_no_positions(name):
         said = f"has {limit} positions and cannot run sequences of {limit + 1} tokens"
         with pytest.raises(InvalidArgumentError, match=said):
             student.over({"input_ids": torch.arange(limit + 1) + 2})
+        with pytest.raises(InvalidArgumentError, match=said):  # the probe has no padding token
+            check_window(model, student._run, limit + 1)
 
 
 @pytest.mark.parametrize("architecture", TABLES)

@@ -27,7 +27,7 @@ from sparselogits.errors import (
 from sparselogits.extras import require
 from sparselogits.files import whole_folder
 from sparselogits.identity import canonical_json
-from sparselogits.language_model import embedding_rows, names_masked_class
+from sparselogits.language_model import embedding_rows, names_masked_class, output_columns
 from sparselogits.teacher.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -359,7 +359,7 @@ def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ())
     Raises:
         TeacherError: the head or the embedding has no rows for some ids of the tokenizer.
     """
-    head_rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    head_rows = output_columns(model)
     rows = min(head_rows, embedding_rows(model))
     ids = torch.tensor(sorted(set(tokenizer.get_vocab().values())), dtype=torch.int64)
     if ids.numel() == 0 or int(ids[-1]) >= rows:

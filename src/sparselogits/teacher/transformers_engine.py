@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparselogits.documents import Documents, restarting_positions
 from sparselogits.errors import SparseLogitsWarning, TeacherError
-from sparselogits.language_model import Head, split
+from sparselogits.language_model import Head, output_columns, split
 from sparselogits.positions import check_window, positions_explained
 from sparselogits.teacher.engine import LogitsSlice
 
@@ -70,12 +70,12 @@ class TransformersTeacher:
                 stacklevel=2,
             )
         self._parts = parts
-        self.vocab_size = int(embeddings.weight.shape[0])
+        self.vocab_size = output_columns(model)
         mask = torch.ones(self.vocab_size, dtype=torch.bool) if token_mask is None else token_mask
         if mask.shape != (self.vocab_size,):
             raise TeacherError(
                 f"token_mask has shape {tuple(mask.shape)}; expected ({self.vocab_size},), one "
-                "element per row of the head"
+                "element per column of the logits"
             )
         self.token_mask = mask
         self._not_tokens = (~mask).nonzero().flatten().to(self.device)
