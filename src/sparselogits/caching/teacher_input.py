@@ -45,7 +45,8 @@ class TeacherInput:
             carries = np.ones(len(window.tokens), np.bool_) if window.mask is None else window.mask
             inputs, labels, corrupted = window.tokens, CAUSAL.labels(window.tokens), None
             if window.text_length is not None:  # the padding after the text is not predicted
-                labels[window.text_length - 1 :] = IGNORE_INDEX
+                padding = np.arange(len(labels)) >= window.text_length
+                labels[CAUSAL.at_positions(padding, True)] = IGNORE_INDEX
         else:
             corrupted = corruption(window.tokens, window.index, learnt=window.learnt)
             inputs, carries = corrupted.inputs, corrupted.chosen
