@@ -24,6 +24,7 @@ from sparselogits.language_model import (
     embedding_rows,
     in_eval_mode,
     predicts_masked,
+    probe_tokens,
     text_config,
 )
 
@@ -123,6 +124,31 @@ class Documents:
         if (mask_padding or self.masks_padding) and "attention_mask" not in inputs:
             inputs["attention_mask"] = torch.ones_like(input_ids)
         return _run_apart(run, input_ids, position_ids, equal=equal, one_call=one_call, **inputs)
+
+
+@torch.no_grad()
+def require_masked_padding(model: nn.Module, run: Forward) -> None:
+    """Validate that padding behind a text, marked by an attention mask, does not change the text.
+
+    Args:
+        model: a transformers masked language model.
+        run: forward pass of the model.
+
+    Raises:
+        InvalidArgumentError: the model ignores the mask, as FNet does.
+    """
+    tokens = probe_tokens(model, model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    length = tokens.shape[1] // 2
+    mask = (torch.arange(tokens.shape[1], device=tokens.device) < length).long()[None]
+    with in_eval_mode(model):
+        padded = run(input_ids=tokens, attention_mask=mask)[:, :length]
+        alone = run(input_ids=tokens[:, :length])
+    if _distance(padded, alone) > _APART.get(alone.dtype, _APART_HALF):
+        raise InvalidArgumentError(
+            f"{type(model).__name__} ignores the attention mask, so the padding of a window would "
+            "change its predictions. Build the cache without --packing documents, or use another "
+            "model"
+        )
 
 
 def restarting_positions(length: int, document_starts: Sequence[np.ndarray]) -> Tensor:

@@ -157,7 +157,7 @@ def _masked_classes_by_type() -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
     named = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    # the classes of BART, MBart and XLM are in both mappings
+    # XLM's class is in both mappings
     return {kind: name for kind, name in named.items() if name not in _causal_classes()}
 
 
@@ -171,7 +171,7 @@ def names_masked_class(config: Any) -> bool:
     if not named.isdisjoint(masked_classes(config)):
         return True
     encoder = getattr(config, "model_type", None) in _masked_classes_by_type()
-    decodes = getattr(config, "is_decoder", False)
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     return encoder and not decodes and named.isdisjoint(_causal_classes())
 
 

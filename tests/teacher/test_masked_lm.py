@@ -9,6 +9,8 @@ from transformers import (
     BertForPreTraining,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
+    FNetConfig,
+    FNetForMaskedLM,
     LlamaConfig,
 )
 
@@ -177,3 +179,15 @@ def test_a_head_that_is_multiplied_by_the_embedding_takes_the_plain_path() -> No
     with torch.no_grad():
         expected = model(input_ids=TOKENS).logits.flatten(0, 1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_that_is_masked_changes_nothing(name: str) -> None:
+    TransformersTeacher(MODELS[name](), identity={}).check_padding()
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    model = FNetForMaskedLM(FNetConfig(vocab_size=96, num_hidden_layers=2, **sizes))
+    with pytest.raises(InvalidArgumentError, match="FNetForMaskedLM ignores the attention mask"):
+        TransformersTeacher(model, identity={}).check_padding()

@@ -75,11 +75,16 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     Raises:
         TeacherError: the loss is worse than that of uniform guessing, for example because the
             tokenizer belongs to another model, or logits are not finite.
-        InvalidArgumentError: the window is longer than the teacher supports.
+        InvalidArgumentError: the window is longer than the teacher supports, or the teacher reads
+            the padding of windows.
     """
     check_window = getattr(engine, "check_window", None)
     if check_window is not None:
         check_window(len(windows[0].tokens), restarts=how.get("reset_attention", False))
+    check_padding = getattr(engine, "check_padding", None)
+    padded = windows[0].text_length is not None and how.get("corruption") is not None
+    if check_padding is not None and padded:
+        check_padding()
     total, count = 0.0, 0
     for window in windows:
         if count >= CHECKED_POSITIONS:

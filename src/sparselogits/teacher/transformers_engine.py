@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselogits.documents import Documents, restarting_positions
+from sparselogits.documents import Documents, require_masked_padding, restarting_positions
 from sparselogits.errors import SparseLogitsWarning, TeacherError
 from sparselogits.language_model import Head, output_columns, split
 from sparselogits.positions import check_window, positions_explained
@@ -113,6 +113,10 @@ class TransformersTeacher:
         The arguments and errors are those of `positions.check_window`.
         """
         check_window(self.model, self._run, length, restarts=restarts)
+
+    def check_padding(self) -> None:
+        """Validate that the model reads no padding; see `documents.require_masked_padding`."""
+        require_masked_padding(self.model, self._run)
 
     @torch.no_grad()
     def hidden(

@@ -34,6 +34,7 @@ from sparselogits.data import (
     as_windows,
     collate,
 )
+from sparselogits.documents import require_masked_padding
 from sparselogits.errors import (
     InvalidArgumentError,
     InvalidTargetsError,
@@ -178,6 +179,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         self._teacher = teacher
         self._vocabulary = identity.vocab_size
         self._window_length = identity.window_length
+        self._padded = identity.packing.get("kind") == "documents"
         self._order: WindowSampler | None = None
         self._windows = len(train_dataset)
         self._guard = FiniteGuard()
@@ -228,6 +230,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         else:
             self._draft.require_head(_outputs_of(model))
         check_window(model, _logits_of(model), self._window_length)
+        if masked and self._padded:
+            require_masked_padding(model, _logits_of(model))
         if self.objective.cosine and self._teacher is not None:
             _require_equal_width(model, self._teacher.model)
         self._used_cache = getattr(model.config, "use_cache", None)
