@@ -152,7 +152,8 @@ def labelled_positions(labels: Tensor, positions: slice) -> Tensor:
         labels: labels of the window, int64 [L].
         positions: slice of positions with step 1.
     """
-    return (labels[positions] != IGNORE_INDEX).nonzero()[:, 0] + positions.start
+    found: Tensor = (labels[positions] != IGNORE_INDEX).nonzero()[:, 0] + positions.start
+    return found
 
 
 def require_ids(student: int, teacher: int) -> None:
