@@ -206,7 +206,7 @@ class Retokenized(Work):
         """Return the sums per held-out window of loss and KL, and the bytes of each window."""
         identity = Cache.open(self.folder / "teacher" / "systematic-0").identity
         convert, _ = conversion(identity, self.tokenizer, self.own, followed=0)
-        images = torch.from_numpy(convert._images[: self.reader.vocab_size])
+        images = torch.from_numpy(convert.images_of(np.arange(self.reader.vocab_size)))
         loss: dict[str, list[float]] = {title: [] for title in students}
         kl: dict[str, list[float]] = {title: [] for title in students}
         covered = []

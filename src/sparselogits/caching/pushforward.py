@@ -28,6 +28,7 @@ from sparselogits.targets import SparseTargets, offsets_from_lengths
 FOLLOWED = 4
 """Default for the largest number of tokens of the text through which a round is continued."""
 
+_UNKNOWN = -2  # image of a token that has not been mapped yet
 _RAGGED = 64  # largest number of bytes of a word that is left out at the end of a window
 
 _Ints = NDArray[np.int64]
@@ -295,7 +296,7 @@ class Retokenizer:
             uniforms: uniforms from the method `uniforms`, which choose the rounds that continue
                 others.
         """
-        draws, images = _Draws.of(given), self._images[given.ids.numpy()].tolist()
+        draws, images = _Draws.of(given), self.images_of(given.ids.numpy()).tolist()
         sums: list[_Sum] = []
         for place, carried in enumerate(self.carries(aligned).tolist()):
             own = _Sum(int(aligned.tokens[place + 1]) if carried else -1)
@@ -392,14 +393,17 @@ class Retokenizer:
             return self.student.first_of(prefix, begins)
         return self.student.first_of(prefix + own, begins) if prefix + own else -1
 
+    def images_of(self, tokens: _Ints) -> _Ints:
+        """Return the first student token of the bytes of each token; negative if there is none."""
+        known = self._images
+        for token in np.unique(tokens[known[tokens] == _UNKNOWN]).tolist():
+            known[token] = self._continued(b"", token, False)
+        return known[tokens]
+
     @cached_property
     def _images(self) -> _Ints:
-        """First student token of each teacher token's bytes, int64 [V]; -1 if there is none."""
-        size = max(self.teacher.size, self.width)
-        images = np.full(size, -1, np.int64)
-        for token in range(self.teacher.size):
-            images[token] = self._continued(b"", token, False)
-        return images
+        """Results of `images_of` so far, int64 [V]."""
+        return np.full(max(self.teacher.size, self.width), _UNKNOWN)
 
 
 _Entry = tuple[int, int, int, float]  # index, token, count, weight

@@ -181,15 +181,19 @@ class TokenBytes:
         return self._compiled()
 
     @cached_property
-    def _inside(self) -> Tokenizer:
-        """Tokenizer for text that continues a document, which adds no space."""
+    def _changes(self) -> dict[str, Any]:
+        """Components without which no space is added before a text; empty if none is added."""
         changes = {
             name: _without_added_space(self._state.get(name))
             for name in ("normalizer", "pre_tokenizer")
         }
-        if all(changes[name] == self._state.get(name) for name in changes):
-            return self._beginning
-        return self._compiled(**changes)
+        kept = all(changes[name] == self._state.get(name) for name in changes)
+        return {} if kept else changes
+
+    @cached_property
+    def _inside(self) -> Tokenizer:
+        """Tokenizer for text that continues a document, which adds no space."""
+        return self._compiled(**self._changes) if self._changes else self._beginning
 
     @cached_property
     def _plain(self) -> Tokenizer:
