@@ -87,4 +87,5 @@ def draft_vocabulary(
             f"{counted(unused, 'id')} of them did not occur; a smaller --size would do",
             soft_wrap=True,
         )
-    print_next(otherwise=f'CacheDataset("{cache}", draft=DraftVocabulary.load("{out}")) in Python')
+    drafter = ("--student-config", "tiny", "--draft-vocabulary", out)
+    print_next("train", "--cache", cache, *drafter, "--out", "my-drafter")

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from sparselogits.cli.options import (
     MODEL_NAMES,
     Allow,
     Device,
+    DraftIds,
     Dtype,
     JoinRows,
     Json,
@@ -56,6 +56,7 @@ def evaluate_command(
         "once per --cache.",
         shown="none; loss and calibration only",
     ),
+    draft_vocabulary: DraftIds = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     cache: list[str] | None = DATA(
@@ -120,7 +121,7 @@ def evaluate_command(
     """Evaluate a student on text: loss, calibration, and divergence from its teacher."""
     from sparselogits.caching import fetch_texts
     from sparselogits.corpus import require_tokenizer
-    from sparselogits.data import CacheDataset
+    from sparselogits.data import CacheDataset, DraftVocabulary
     from sparselogits.evaluate import draft_from_prefixes, evaluate
     from sparselogits.lab.tasks import require_lm_eval
     from sparselogits.store import Cache
@@ -133,6 +134,11 @@ def evaluate_command(
     if draft and not teachers:
         raise InvalidArgumentError(
             "--draft needs --teacher, which verifies the drafted tokens; name the teacher"
+        )
+    if draft_vocabulary is not None and tasks:
+        raise InvalidArgumentError(
+            "--tasks score the tokens of whole answers, and a student with a draft vocabulary "
+            "predicts some of them only; leave --tasks or --draft-vocabulary out"
         )
     if not caches and data is None:
         raise InvalidArgumentError(
@@ -154,6 +160,7 @@ def evaluate_command(
             "text of a cache is already packed. Name a text with --data, or leave the option out"
         )
     other = None if data is None else text
+    vocabulary = None if draft_vocabulary is None else DraftVocabulary.load(draft_vocabulary)
     for name in (student, *teachers, tokenizer):
         if name is not None:
             locate_model(name)  # reports a missing path before any file is read
@@ -184,10 +191,11 @@ def evaluate_command(
                 other,
                 tokenizer=loaded_tokenizer,
                 limit=limit,
+                draft=vocabulary,
             )
         )
         device = resolve_device(device)
-        model = load_student(student, device)
+        model = load_student(student, device, draft=vocabulary)
         engine = None
         if teachers:
             identities = [cache.identity for cache in opened]
@@ -226,6 +234,13 @@ def evaluate_command(
         "±: half of the 95 % bootstrap interval over windows",
         soft_wrap=True,
     )
+    if vocabulary is not None:
+        bound = "; no drafter with these ids has a higher acceptance than the teacher's column"
+        results().print(
+            f"metrics of {counted(len(vocabulary), 'draft id')} and the rest as one class"
+            + ("" if engine is None else bound),
+            soft_wrap=True,
+        )
     if drafting is not None:
         results().print(
             f"drafting {draft} at a time: {drafting.acceptance:.1%} of "
@@ -236,18 +251,20 @@ def evaluate_command(
         )
     if scores:
         results().print(_task_table(scores))
-    if engine is None and any("retokenized" in own.identity.teacher for own in opened):
+    retokenized = any("retokenized" in own.identity.teacher for own in opened)
+    if engine is None and retokenized:
         print_next("view", caches[0], "--student", student)
-    elif engine is None:
-        texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
-        texts = texts or [("--data", data)]
-        words = chain(*((*text, "--teacher", "MODEL") for text in texts))
-        numbers = ["--weights", weights] if isinstance(given, list) else []
-        print_next("eval", student, *words, *numbers)
-    elif caches:
+    elif engine is not None and caches and vocabulary is None:
         print_next("view", caches[0], "--teacher", teachers[0], "--student", student)
     else:
-        print_next("eval", student, "--data", data, "--teacher", teachers[0], "--draft", 4)
+        texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
+        texts = texts or [("--data", data)]
+        pairs = zip(texts, teachers or ["MODEL"] * len(texts), strict=False)
+        words: list[object] = [w for text, own in pairs for w in (*text, "--teacher", own)]
+        words += ["--weights", weights] if isinstance(given, list) and len(caches) > 1 else []
+        words += [] if vocabulary is None else ["--draft-vocabulary", draft_vocabulary]
+        words += [] if engine is None else ["--draft", 4]
+        print_next("eval", student, *words)
 
 
 _Shown = Callable[[float], str]

@@ -14,7 +14,7 @@ from sparselogits.console import messages, stage
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, TeacherError
 
 if TYPE_CHECKING:
-    from sparselogits.data import TextDataset
+    from sparselogits.data import DraftVocabulary, TextDataset
     from sparselogits.store import Cache
 
 DEFAULT_WINDOW = 1024
@@ -49,6 +49,7 @@ def text_to_evaluate(
     *,
     tokenizer: Any,
     limit: int | None,
+    draft: DraftVocabulary | None = None,
 ) -> Iterator[TextDataset]:
     """Yield the windows to evaluate on.
 
@@ -59,6 +60,7 @@ def text_to_evaluate(
         other: text to pack into a temporary folder; None to use `packed`.
         tokenizer: tokenizer for `other`, and for a cache of a masked language model.
         limit: maximum number of windows.
+        draft: draft vocabulary of the student; None for all ids.
     """
     from sparselogits.corpus import PackedCorpus, open_source, pack
     from sparselogits.corruption import Corruption
@@ -70,7 +72,8 @@ def text_to_evaluate(
         corruption = Corruption.of_identity(cache.identity, tokenizer)
     if other is None:
         assert packed is not None
-        windows = TextDataset(PackedCorpus.open(packed), limit=limit, corruption=corruption)
+        corpus = PackedCorpus.open(packed)
+        windows = TextDataset(corpus, limit=limit, corruption=corruption, draft=draft)
         if len(windows) == 0:
             raise InvalidArgumentError(
                 f"{packed} has no held-out windows: the cache was built without --holdout. Name "
@@ -101,7 +104,8 @@ def text_to_evaluate(
                 progress=update,
             )
         messages.print(corpus.in_words())
-        yield TextDataset(corpus.held_out_whole(), limit=limit, corruption=corruption)
+        whole = corpus.held_out_whole()
+        yield TextDataset(whole, limit=limit, corruption=corruption, draft=draft)
 
 
 def _packing(other: OtherText, cache: Cache | None, tokenizer: Any) -> Any:

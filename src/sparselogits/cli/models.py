@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparselogits.errors import InvalidArgumentError
@@ -11,17 +12,28 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from sparselogits.data import DraftVocabulary
     from sparselogits.identity import Identity
     from sparselogits.teacher import Engine, TransformersTeacher
 
 
-def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
-    """Load a student from its folder, its hub name, or the folder of the run that trained it."""
+def load_student(
+    name: str, device: str, *, dtype: str = "auto", draft: DraftVocabulary | None = None
+) -> nn.Module:
+    """Load a student from its folder, its hub name, or the folder of the run that trained it.
+
+    With a draft vocabulary, the student gets a head for its classes.
+    """
+    from sparselogits.data.draft import require_vocabulary_of
+    from sparselogits.teacher.demo_model import model_named
     from sparselogits.teacher.loading import load_language_model
     from sparselogits.train.student import require_finite_weights
 
+    require_vocabulary_of(Path(model_named(name)), draft)
     model = load_language_model(name, dtype=dtype).to(device)
     require_finite_weights(model, f"the student at {name}")
+    if draft is not None:
+        draft.give_head(model)
     return model
 
 

@@ -121,6 +121,17 @@ MixtureWeights = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+DraftIds = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft-vocabulary",
+        help="Draft vocabulary of a student for speculative decoding, as written by `sparselogits "
+        "draft-vocabulary` or found in the student's folder. The student predicts these ids, and "
+        "all other ids as one class.",
+        show_default="all ids of the teacher",
+        rich_help_panel=MODEL,
+    ),
+]
 SeparatorId = Annotated[
     int | None,
     typer.Option(

@@ -18,6 +18,7 @@ from sparselogits.cli.options import (
     TRAINING,
     Allow,
     Device,
+    DraftIds,
     Json,
     MixtureWeights,
     parsed_weights,
@@ -74,6 +75,7 @@ def train(
         "Tokenizer to save with the student: a model folder, GGUF file or hub name.",
         shown="the student's, the cache's or the teacher's",
     ),
+    draft_vocabulary: DraftIds = None,
     device: Device = "auto",
     cache: list[str] | None = DATA(
         "Folder or URL of the cache to train from. May be repeated, to mix caches of several "
@@ -145,6 +147,7 @@ def train(
         "method": method,
         "teacher": teacher,
         "tokenizer": tokenizer,
+        "draft_vocabulary": None if draft_vocabulary is None else str(draft_vocabulary),
         "num_train_epochs": num_train_epochs,
         "per_device_train_batch_size": per_device_train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -199,6 +202,8 @@ def train(
         caches = [word for cache in loaded.caches for word in ("--cache", cache)]
         if loaded.weights and isinstance(loaded.weights[0], float | int):
             caches += ["--weights", ",".join(f"{weight:g}" for weight in loaded.weights)]
+        if loaded.draft_vocabulary is not None:
+            named += ["--draft-vocabulary", str(loaded.draft_vocabulary)]
         print_next("eval", result.out, *caches, *named)
 
 
@@ -252,6 +257,8 @@ def _plan_table(plan: PlannedRun) -> Table:
 
 def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
     """Return a table of a run's results; `tokens` is the number trained on, None if unknown."""
+    from sparselogits.train.saving import DRAFTER_HEAD
+
     rows = {"student": str(result.model_path), "steps": counted(result.steps, "step")}
     rows["steps"] += f" in {result.seconds:,.0f} s"
     if tokens is not None and result.seconds > 0 and result.fresh:
@@ -263,6 +270,8 @@ def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
             rows[name] = f"{last[1]:.3f} nats per token at step {last[0]} ({begin})"
     if recipe.student.lora is not None:
         rows["adapter"] = str(result.out / "adapter")
+    if recipe.draft_vocabulary is not None:
+        rows["head"] = str(result.out / DRAFTER_HEAD)
     return _table(rows)
 
 

@@ -99,7 +99,7 @@ class DraftVocabulary:
                 f"a draft vocabulary has the ids {low} to {high}, but the teacher's vocabulary has "
                 f"{counted(self.vocab_size, 'id')}; give ids of this teacher"
             )
-        if len(ids.unique()) < len(ids):  # type: ignore[no-untyped-call]
+        if len(ids.unique()) < len(ids):
             raise InvalidArgumentError(
                 f"a draft vocabulary has {len(ids)} ids, and some occur twice; give distinct ids"
             )
@@ -304,7 +304,7 @@ class DraftVocabulary:
             raise InvalidArgumentError(
                 f"the student has {counted(outputs, 'output')}, expected {len(self) + 1} for a "
                 f"draft vocabulary of {len(self)} ids and the rest; replace its head with "
-                "DraftVocabulary.give_head"
+                "DraftVocabulary.give_head, as `sparselogits train` and `eval` do"
             )
 
     @torch.no_grad()
@@ -333,18 +333,41 @@ class DraftVocabulary:
             )
         outside = ~self.t2d.to(old.weight.device)
         chosen = self.ids.to(old.weight.device)
-        bias = getattr(old, "bias", None)
-        head = nn.Linear(old.weight.shape[1], len(self) + 1, bias=bias is not None)
-        head = head.to(old.weight.device, old.weight.dtype)
-        for name, values in (("weight", old.weight), ("bias", bias)):
-            if values is not None:
-                known = values[: self.vocab_size]
-                others = known[outside] if bool(outside.any()) else known
-                getattr(head, name).copy_(torch.cat([values[chosen], others.mean(0)[None]]))
+        head = _head_like(old, len(self) + 1)
+        for name, values in old.named_parameters():
+            known = values[: self.vocab_size]
+            others = known[outside] if bool(outside.any()) else known
+            getattr(head, name).copy_(torch.cat([values[chosen], others.mean(0)[None]]))
         model.set_output_embeddings(head)  # type: ignore[operator]
         config: Any = model.config
         config.get_text_config(decoder=True).tie_word_embeddings = False
         config.tie_word_embeddings = False
+        return head
+
+    @torch.no_grad()
+    def widen_head(self, model: nn.Module) -> nn.Module:
+        """Replace the head for the D + 1 classes by one with a row per id of the teacher.
+
+        Transformers has one vocabulary size for embedding and head, so a model is saved with such a
+        head. The rows of ids outside of the draft vocabulary are that of the rest, from which
+        `give_head` makes the same D + 1 rows again; generation suppresses these ids.
+
+        Args:
+            model: model with a head of `give_head`; it is changed.
+
+        Returns:
+            The new head.
+        """
+        old: Any = model.get_output_embeddings()  # type: ignore[operator]
+        rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+        classes = self.classes_of(torch.arange(rows)).to(old.weight.device)
+        head = _head_like(old, rows)
+        for name, values in old.named_parameters():
+            getattr(head, name).copy_(values[classes])
+        model.set_output_embeddings(head)  # type: ignore[operator]
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.suppress_tokens = (classes == len(self)).nonzero().flatten().tolist()
         return head
 
     def checkpoint_tensors(self, head: nn.Module) -> dict[str, Tensor]:
@@ -432,6 +455,27 @@ class DraftVocabulary:
         return of_arrays
 
 
+def require_vocabulary_of(folder: Path, draft: DraftVocabulary | None) -> None:
+    """Validate that a saved drafter is used with the draft vocabulary that it was trained with.
+
+    Args:
+        folder: folder of a model; one with d2t.npy is a drafter.
+        draft: draft vocabulary with which the model will be used; None for all ids.
+
+    Raises:
+        InvalidArgumentError: the drafter has another draft vocabulary.
+    """
+    if not (folder / f"{_D2T}.npy").exists():
+        return
+    own = DraftVocabulary.load(folder)
+    if draft != own:
+        found = "no draft vocabulary was given" if draft is None else f"{draft!r} was given"
+        raise InvalidArgumentError(
+            f"the model in {folder} was trained with a draft vocabulary ({own!r}), and {found}; "
+            f"give its own: --draft-vocabulary {folder} (draft_vocabulary: in the recipe)"
+        )
+
+
 def require_causal(*, masked: bool) -> None:
     """Raise InvalidArgumentError if a draft vocabulary is used with windows of a masked model."""
     if masked:
@@ -461,6 +505,13 @@ def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None 
         if progress is not None:
             progress(done, len(chosen))
     return total
+
+
+def _head_like(old: nn.Module, rows: int) -> nn.Linear:
+    """Return a head with other rows than `old`, and the same columns, device and dtype."""
+    weight: Any = old.weight
+    head = nn.Linear(weight.shape[1], rows, bias=getattr(old, "bias", None) is not None)
+    return head.to(weight.device, weight.dtype)
 
 
 def _float64(frequencies: Tensor | np.ndarray) -> Tensor:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sparselogits.data import CacheDataset, Schedule, Stage
+from sparselogits.data import CacheDataset, DraftVocabulary, Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
 from sparselogits.methods import (
@@ -494,6 +494,12 @@ class Recipe(TrainingSettings):
         description="number format of the saved student; auto: the format of the existing model, "
         "float32 for a new one",
     )
+    draft_vocabulary: Path | None = Field(
+        None,
+        description="ids that a draft model for speculative decoding predicts, as written by "
+        "`sparselogits draft-vocabulary`: the student gets a head for these ids and one more "
+        "output, for all other ids",
+    )
     tokenizer: str | None = Field(
         None,
         description="tokenizer to save with the student; when absent, the first that exists of "
@@ -537,14 +543,31 @@ class Recipe(TrainingSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fits_a_draft_vocabulary(self) -> Recipe:
+        reasons = {
+            f"the method {self.method}": METHODS[self.method].online,
+            "student.lora": self.student.lora is not None,
+            "student.quantize": self.student.quantize is not None,
+        }
+        found = next((name for name, given in reasons.items() if given), None)
+        if self.draft_vocabulary is not None and found is not None:
+            raise ValueError(
+                f"draft_vocabulary cannot be combined with {found}: the student gets a new head, "
+                "which is trained on cached targets in full precision; leave one of them out"
+            )
+        return self
+
     @property
     def caches(self) -> list[Path | str]:
         """Folders or URLs of all caches."""
         return self.cache if isinstance(self.cache, list) else [self.cache]
 
     def dataset(self) -> CacheDataset:
-        """Open the caches as one dataset, mixed according to the weights."""
-        return CacheDataset(self.caches, weights=self.weights, seed=self.seed)
+        """Open the caches as one dataset, mixed and restricted as the recipe says."""
+        named = self.draft_vocabulary
+        draft = None if named is None else DraftVocabulary.load(named)
+        return CacheDataset(self.caches, weights=self.weights, draft=draft, seed=self.seed)
 
     @property
     def peak_learning_rate(self) -> float:

@@ -4,6 +4,7 @@
       recipe.json     the validated recipe, and the identity of the cache
       model/          the student, in transformers' format
       adapter/        the adapter alone in PEFT's format, if one was trained
+      drafter-head.safetensors   the head for a draft vocabulary alone, as in EAGLE-3 checkpoints
       logs/           logs of the trackers in report_to
       run.json        losses by step, wall time; written last, so its presence marks a finished run
       checkpoints/    checkpoints of the Trainer, while the run is unfinished
@@ -35,7 +36,13 @@ from transformers.trainer_callback import PrinterCallback
 from sparselogits.allowances import allowing, refuse
 from sparselogits.corpus import PackedCorpus
 from sparselogits.corruption import Corruption
-from sparselogits.data import CacheDataset, Schedule, TextDataset, rounds_for_entries
+from sparselogits.data import (
+    CacheDataset,
+    DraftVocabulary,
+    Schedule,
+    TextDataset,
+    rounds_for_entries,
+)
 from sparselogits.errors import (
     CacheError,
     IdentityMismatchError,
@@ -221,7 +228,8 @@ def _run(
     tokenizer = find_tokenizer(recipe, dataset)
     evaluated = None
     if arguments.eval_strategy != "no":
-        evaluated = _heldout(recipe, Corruption.of_identity(dataset.identity, tokenizer))
+        corruption = Corruption.of_identity(dataset.identity, tokenizer)
+        evaluated = _heldout(recipe, corruption, dataset.draft)
     if tokenizer is None and os.environ.get("RANK", "0") == "0":
         warnings.warn(
             f"no tokenizer will be saved with the student: {_caches_in_words(recipe)} has none; "
@@ -288,9 +296,12 @@ def save_untrained(recipe: Recipe) -> RunResult:
 def _new_student(recipe: Recipe, dataset: CacheDataset, tokenizer: Any | None) -> nn.Module:
     """Create the untrained student of a recipe."""
     torch.manual_seed(recipe.seed)
-    model = make_student(recipe.student, vocab_size=dataset.identity.vocab_size, dataset=dataset)
+    vocab_size = dataset.cache.identity.vocab_size
+    model = make_student(recipe.student, vocab_size=vocab_size, dataset=dataset)
     if recipe.student.is_new and tokenizer is not None:
         give_tokens(model, tokenizer)
+    if dataset.draft is not None:
+        dataset.draft.give_head(model)
     return model
 
 
@@ -309,6 +320,7 @@ def _save(
         tokenizer=tokenizer,
         dtype=saved_dtype(recipe),
         card=model_card(recipe, dataset.identity, metrics),
+        draft=dataset.draft,
         quantization=None if quantize is None else quantize.settings(),
     )
 
@@ -321,6 +333,8 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
         student = f"{recipe.student.path} ({student})"
     else:
         student += ", a new model with random weights"
+    if dataset.draft is not None:
+        student += f", with a head for {len(dataset.draft):,} draft ids and the rest"
     method = METHODS[recipe.method]
     loss = method.loss + (", teacher online" if method.online else "")
     if recipe.alpha and method != METHODS["ce"]:
@@ -345,13 +359,15 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
     )
 
 
-def _heldout(recipe: Recipe, corruption: Corruption | None) -> TextDataset:
+def _heldout(
+    recipe: Recipe, corruption: Corruption | None, draft: DraftVocabulary | None
+) -> TextDataset:
     """Return the windows that were held out when the cache was built."""
     folders = [Path(cache) / "corpus" for cache in recipe.caches if not is_url(cache)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    heldout = (
-        None if folder is None else TextDataset(PackedCorpus.open(folder), corruption=corruption)
-    )
+    heldout = None
+    if folder is not None:
+        heldout = TextDataset(PackedCorpus.open(folder), corruption=corruption, draft=draft)
     if not heldout:
         raise RecipeError(
             f"eval_strategy needs held-out text, and {_caches_in_words(recipe)} has none: build "

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as save_tensors
 from torch import nn
 
+from sparselogits.data import DraftVocabulary
 from sparselogits.files import whole_folder, write_whole
 from sparselogits.identity import Identity
 from sparselogits.language_model import text_config
 from sparselogits.quantization import Quantization, load_quantized
 from sparselogits.train.recipe import Recipe
 from sparselogits.train.recipe_text import recipe_text
+
+DRAFTER_HEAD = "drafter-head.safetensors"
 
 
 def save_student(
@@ -27,6 +31,7 @@ def save_student(
     tokenizer: Any | None,
     dtype: torch.dtype,
     card: str,
+    draft: DraftVocabulary | None = None,
     quantization: Quantization | None = None,
 ) -> None:
     """Write OUT/model, and OUT/adapter if an adapter was trained, each folder atomically.
@@ -37,6 +42,8 @@ def save_student(
         tokenizer: tokenizer to save with the student; None to save none.
         dtype: number format of the saved weights.
         card: text of the model card.
+        draft: draft vocabulary of the student's head, which is also saved alone as
+            OUT/drafter-head.safetensors; None for a head for all ids.
         quantization: quantisation of the saved weights; None for weights in `dtype`.
 
     Raises:
@@ -47,6 +54,10 @@ def save_student(
         _untie_adapted(model)
         model = model.merge_and_unload()  # type: ignore[operator]
     model.to(dtype)
+    if draft is not None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        write_whole(out / DRAFTER_HEAD, save_tensors(draft.checkpoint_tensors(head)))
+        draft.widen_head(model)
 
     def save(folder: Path) -> None:
         if quantization is None:
@@ -58,6 +69,8 @@ def save_student(
             quantised.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if draft is not None:
+            draft.save(folder)
         write_whole(folder / "README.md", card)
 
     _replace(out / "model", save)

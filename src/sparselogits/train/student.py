@@ -17,10 +17,12 @@ from transformers import (
 )
 
 from sparselogits.data import CacheDataset
+from sparselogits.data.draft import require_vocabulary_of
 from sparselogits.errors import MissingDependencyError, RecipeError, TeacherError, reason_of
 from sparselogits.language_model import names_masked_class
 from sparselogits.quantization import prepare
 from sparselogits.store.storage.location import is_url
+from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import (
     DTYPES,
     TOKENIZER_FOLDER,
@@ -47,8 +49,10 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
     Raises:
         TeacherError: If an existing model cannot be loaded, or has weights that are not finite.
         RecipeError: If the configuration is invalid, or an adapter does not fit the model.
+        InvalidArgumentError: If the existing model is a drafter with another draft vocabulary.
     """
     if student.path is not None:
+        require_vocabulary_of(Path(model_named(student.path)), dataset.draft)
         model = load_language_model(student.path, dtype="float32", trainable=True)
         require_finite_weights(model, f"the student at {student.path}")
         if student.lora is not None:
@@ -241,8 +245,6 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
     # rounding the weights first would change the quantised student
     if recipe.student.path is None or recipe.student.quantize is not None:
         return torch.float32
-    from sparselogits.teacher.demo_model import model_named
-
     try:
         config = AutoConfig.from_pretrained(model_named(recipe.student.path))
     except (OSError, ValueError):  # a GGUF file
