@@ -86,6 +86,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/cache_build.py --out benchmarks/cache_build.json $(STEADY)
 	$(BIN)/python benchmarks/forward_share.py --out benchmarks/forward_share.json
 	$(BIN)/python benchmarks/packing.py --out benchmarks/packing.json --megabytes 6 --processor
+	$(BIN)/python benchmarks/retokenize.py --out benchmarks/retokenize.json
 	$(BIN)/python benchmarks/step.py --out benchmarks/step.json $(STEADY) --repeats 21
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
 	$(BIN)/python benchmarks/report.py

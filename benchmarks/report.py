@@ -354,6 +354,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("decode", "Reading a cache (30 M entries and 2 M tokens per second, 2 ms per random window)",
      anything),
     ("size", "Size of a cache", anything),
+    ("retokenize", "Rewriting a cache for another tokenizer", anything),
     ("gpu", "On one GPU (the loss at most 1.10, and no slower than quack)", gpu),
 ]  # fmt: skip
 
