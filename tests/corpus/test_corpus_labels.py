@@ -228,3 +228,14 @@ def test_a_change_that_the_fingerprint_misses_is_an_error(tokenizer, tmp_path):
     write_lines(data, [{"text": "words " * 30, "source": "a"}] * 2)
     with pytest.raises(CorpusError, match=r"has 3 documents and .* but its text has 2 documents"):
         labels.of_window(0)
+
+
+def test_a_corpus_that_an_old_version_divided_is_an_error(tokenizer, tmp_path):
+    """Held-out documents were not in its stream, so its documents are not those of the text."""
+    golden = Path(__file__).parents[1] / "golden/corpus"
+    data = tmp_path / "lines.jsonl"
+    data.write_bytes((golden / "format-1.jsonl").read_bytes())
+    corpus = PackedCorpus.open(golden / "format-1")
+    labels = DocumentLabels(corpus, data, "source", tokenizer=tokenizer)
+    with pytest.raises(CorpusError, match="or an old version of sparselogits packed it"):
+        labels.of_window(0)

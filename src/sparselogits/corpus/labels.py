@@ -28,7 +28,7 @@ from sparselogits.errors import CorpusError, IdentityMismatchError, InvalidArgum
 _BLOCK = 1 << 20  # tokens that are read at once
 
 
-class Run(NamedTuple):
+class LabelledRun(NamedTuple):
     """Consecutive tokens of a window that belong to one document."""
 
     label: str | None
@@ -89,7 +89,7 @@ class DocumentLabels:
         self._part_bytes = int(made_from["part_bytes"])
         self._read: dict[int, tuple[list[str | None], NDArray[np.int64]]] = {}
 
-    def of_window(self, index: int) -> list[Run]:
+    def of_window(self, index: int) -> list[LabelledRun]:
         """Return the documents of a training window, in order.
 
         Raises:
@@ -102,7 +102,7 @@ class DocumentLabels:
                 labels, ends = self._documents(part)
                 document = int(np.searchsorted(ends, start, side="right"))
                 end = min(stop, int(ends[document]))
-                runs.append(Run(labels[document], end - start))
+                runs.append(LabelledRun(labels[document], end - start))
                 start = end
         return runs
 
