@@ -44,7 +44,9 @@ def test_a_masked_teacher_is_cached_learnt_from_and_evaluated(
     assert identity["objective"]["name"] == "masked"
     assert identity["objective"]["rate"] == 0.3
     assert identity["objective"]["units"] == "words"
-    assert "masked: 0.3 of the tokens" in run("info", cache)
+    told = run("info", cache)
+    assert "masked: 0.3 of the tokens" in told
+    assert "--student MODEL" in told  # the sizes of new students are those of causal models
     record = Cache.open(cache).read(0)
     assert 0 < record.mask.sum() < 0.7 * len(record.mask)
 
@@ -122,6 +124,13 @@ def test_options_that_do_not_fit_are_refused_before_work_starts(
     assert isinstance(done.exception, InvalidArgumentError)
     assert said in str(done.exception)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_masked_student_is_evaluated_with_a_cache_alone(bert: Path, short: Path) -> None:
+    given = ["eval", bert, "--data", short, "--device", "cpu", "--window", 32]
+    done = CliRunner().invoke(app, [str(word) for word in given])
+    assert isinstance(done.exception, InvalidArgumentError)
+    assert "Name a cache of its teacher with --cache" in str(done.exception)
 
 
 def test_options_of_masked_models_are_refused_for_a_causal_teacher(

@@ -65,11 +65,17 @@ def text_to_evaluate(
     from sparselogits.corpus import PackedCorpus, open_source, pack
     from sparselogits.corruption import Corruption
     from sparselogits.data import TextDataset
+    from sparselogits.teacher.loading import names_masked_model
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     corruption = None
     if cache is not None:
         corruption = Corruption.of_identity(cache.identity, tokenizer)
+    elif names_masked_model(student):
+        raise InvalidArgumentError(
+            f"{student} is a masked language model, which is evaluated at masked tokens, and no "
+            "cache says which tokens are masked. Name a cache of its teacher with --cache"
+        )
     if other is None:
         assert packed is not None
         corpus = PackedCorpus.open(packed)

@@ -234,15 +234,20 @@ def print_next(*words: object, otherwise: str = "") -> None:
 def print_train_command(cache: str | Path, tokenizer: str = "MODEL") -> None:
     """Print the command that trains a student from a cache, as the next step.
 
+    The sizes of new students are those of causal models, so a masked cache needs a masked model.
+
     Args:
         cache: folder or URL of the cache.
-        tokenizer: name of the teacher's tokenizer, printed for a cache at a URL, which does not
-            contain the tokenizer.
+        tokenizer: name of the teacher or its tokenizer, printed for a cache at a URL, which does
+            not contain the tokenizer, and as the student for a cache of a masked language model.
     """
+    from sparselogits.store import Cache
     from sparselogits.store.storage.location import is_url
 
+    masked = Cache.open(cache).identity.objective is not None
+    student = ("--student", tokenizer) if masked else ("--student-config", "tiny")
     named = ("--tokenizer", tokenizer) if is_url(cache) else ()
-    print_next("train", "--cache", cache, "--student-config", "tiny", *named, "--out", "my-run")
+    print_next("train", "--cache", cache, *student, *named, "--out", "my-run")
 
 
 def print_json(value: object) -> None:
