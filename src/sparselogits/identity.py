@@ -151,7 +151,7 @@ class Identity:
         return f"{_one_line(self.sampler.get('name')) or 'unnamed'} ({', '.join(parameters[:16])})"
 
     def _compared(self) -> dict[str, Any]:
-        """Return plain JSON values without the teacher's name, which is for display only."""
+        """Return the identity as JSON values, without the teacher's name (only for display)."""
         compared = self.to_json()
         compared["teacher"] = {k: v for k, v in compared["teacher"].items() if k != "name"}
         return compared

@@ -36,13 +36,14 @@ def trained_positions(model: nn.Module) -> int | None:
 
 
 def _rows_for_padding(model: nn.Module, rows: int) -> int:
-    """Return how many rows of a table of positions are reserved for padding; 0 without a table.
+    """Return the number of rows of the position embedding that are reserved for padding.
 
-    RoBERTa numbers positions from the row after that of its padding token.
+    RoBERTa numbers positions from the row after the padding row. The result is 0 if the model has
+    no position embedding with `rows` rows, or the embedding has no padding row.
 
     Args:
         model: a transformers language model.
-        rows: number of rows in the table.
+        rows: number of rows in the position embedding.
     """
     tokens = model.get_input_embeddings()  # type: ignore[operator]
     for module in model.modules():

@@ -283,7 +283,7 @@ def test_another_vocabulary_is_not_replaced(tmp_path) -> None:
     [
         ([1, 3], [False, True, False, True], "d2t has the ids themselves"),
         ([0, 0], [False, True, False, True], "all zeros"),
-        ([1, 1], [False, True, True, True], "2 offsets, and t2d marks 3 ids"),
+        ([1, 1], [False, True, True, True], "2 draft ids to .* the 3 that t2d marks"),
         ([1, 9], [False, True, True, False], "each once"),
         ([1, -1], [False, True, True, False], "each once"),  # one id twice
         ([0.0, 1.0], [False, True, True, False], "float"),

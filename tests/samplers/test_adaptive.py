@@ -128,6 +128,8 @@ def test_the_student_must_have_read_the_positions(student):
         Adaptive(signal)(teacher_logits(), window_uniforms(0, 0, 24, 1))
     with pytest.raises(InvalidArgumentError, match="vocabulary has 96 ids"):
         Adaptive(StudentSignal.of(student))(torch.zeros(2, 97), window_uniforms(0, 0, 2, 1))
+    with pytest.raises(InvalidArgumentError, match="vocabulary has 96 ids"):
+        signal.at(TOKENS, slice(0, 2)).strength(torch.zeros(2, 97))
     with pytest.raises(InvalidArgumentError, match=r"reference signal .* is not set"):
         Adaptive(StudentSignal.of(student))(torch.zeros(2, 96), window_uniforms(0, 0, 2, 1))
     with pytest.raises(InvalidArgumentError, match="signal is 'dist'; expected distance or"):

@@ -58,7 +58,7 @@ class Job:
 
     @property
     def text(self) -> TextSpan:
-        """Text of the build, with its range of windows in the caches."""
+        """Text of the build, with the range of the text's windows in the caches."""
         fingerprint = self.corpus.text_fingerprint
         return TextSpan(fingerprint, self.first_window, self.corpus.windows)
 

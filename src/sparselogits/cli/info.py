@@ -113,7 +113,7 @@ def _by_label(
     kept = Path(root) / TOKENIZER_FOLDER
     if tokenizer is None and (is_url(root) or not kept.exists()):
         raise InvalidArgumentError(
-            f"{root} contains no tokenizer; name the teacher's with --tokenizer"
+            f"{root} contains no tokenizer; give the tokenizer of the teacher with --tokenizer"
         )
     packer = load_tokenizer(tokenizer or str(kept))
     for text in texts:

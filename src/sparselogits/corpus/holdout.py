@@ -39,6 +39,7 @@ from sparselogits.corpus.streams import (
     running_sums,
     writing_parquet,
 )
+from sparselogits.untrusted import shown
 
 HoldoutRule = Literal["documents", "windows"]
 """Name of a rule that selects the hold-out; see the module's docstring."""
@@ -357,7 +358,11 @@ def _rows(tables: Path, part: int, length: int) -> Iterator[tuple[NDArray[Any], 
     try:
         with open_part(path, 1 << 31) as file:
             if not file.schema_arrow.equals(_SCHEMA):
-                raise damaged(path, f"it has the columns {file.schema_arrow.names}")
+                found, expected = (
+                    shown({field.name: str(field.type) for field in schema})
+                    for schema in (file.schema_arrow, _SCHEMA)
+                )
+                raise damaged(path, f"it has the columns {found}, expected {expected}")
             for batch in file.iter_batches(_ROWS):
                 columns = tuple(column.to_numpy(zero_copy_only=False) for column in batch.columns)
                 if not len(columns[1]):

@@ -137,11 +137,13 @@ def _format_of(path: Path) -> Format:
     """Return the format of a file that the user names."""
     found = format_of_named_file(path)
     if found is None:
-        known = ", ".join(own.suffixes[0] for own in known_formats() if own.compressible)
+        known = " or ".join(
+            f"{own.suffixes[0]}{path.suffix}" for own in known_formats() if own.compressible
+        )
         raise CorpusError(
-            f"{path} is compressed text; only formats with one record per line are read compressed "
-            f"({known} before {path.suffix}). Decompress it first, or rename it if it has one "
-            "record per line"
+            f"{path} is compressed text; only formats with one record per line are read "
+            f"compressed, from files whose names end in {known}. Decompress the file first, or "
+            "rename it if it has one record per line"
         )
     return found
 

@@ -569,7 +569,11 @@ def _set_timer(name: str, seconds: int) -> None:
 
 
 def serve(cpu_seconds: int, memory_bytes: int, idle_seconds: int) -> None:
-    """Answer requests on standard input until its end; the arguments are the limits in `chat`."""
+    """Render the conversations read from standard input, and write the results to standard output.
+
+    A request and its answer are one line of JSON each. The first request contains the chat
+    template. The arguments are the limits that `chat` defines.
+    """
     global _cpu_seconds
     import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)
 

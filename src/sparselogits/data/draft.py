@@ -105,7 +105,7 @@ class DraftVocabulary:
             )
 
     def __len__(self) -> int:
-        """Return the number D of draft ids, which is also the number of the class of other ids."""
+        """Return the number D of draft ids; the class of all other ids has the index D."""
         return len(self.ids)
 
     def __eq__(self, other: object) -> bool:
@@ -135,7 +135,7 @@ class DraftVocabulary:
 
         Raises:
             InvalidArgumentError: `size` is less than 1, greater than V, or less than the number of
-                ids to keep; or an id to keep is out of range.
+                ids in `keep`; or an id in `keep` is out of range.
         """
         given = _float64(frequencies)
         kept = torch.tensor(sorted(set(keep)), dtype=torch.int64)
@@ -575,9 +575,9 @@ def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
     elif len(d2t) and not bool(d2t.any()):
         advice = "choose the vocabulary first, then save d2t, which is all zeros, again"
     raise InvalidArgumentError(
-        f"{path}: d2t has {counted(len(d2t), 'offset')}, and t2d marks "
-        f"{counted(len(marked), 'id')}; expected draft id + offset to give the marked ids, each "
-        f"once, because otherwise a head predicts other tokens. To do: {advice}"
+        f"{path}: d2t maps {counted(len(d2t), 'draft id')} to other teacher ids than the "
+        f"{len(marked)} that t2d marks (expected the marked ids, each once, as i + d2t[i] for "
+        f"draft ids i); {advice}"
     )
 
 

@@ -49,7 +49,7 @@ class Round:
 
 
 def expected_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
-    """Compute sum_i min(p_i, s_i) over the ids that both models have.
+    """Compute the acceptance probability sum_i min(p_i, s_i) over the ids that both models have.
 
     Args:
         log_p: log-probabilities of one model, float [P, V]; -inf for probability 0.

@@ -213,9 +213,10 @@ def paired_interval(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Compute the difference of two models' values from paired resamples of the same units.
+    """Compute the first model's value minus the second's, with a paired bootstrap interval.
 
-    The difficulty of a window, common to both models, cancels in the difference.
+    Both models are resampled together, so the difficulty of a unit, which is common to both models,
+    cancels in the difference.
 
     Args:
         first: contribution of each unit to each of the first model's C sums, float64 [W, C].

@@ -1,12 +1,12 @@
 """Compute the loss of a chunk of rows in one Triton kernel: a fused `rows.py` for CUDA.
 
-One program computes one row. It reads the logits of the stored ids, passes over the row once for
-maximum and sums (online softmax) and once more to write the gradient, and writes the entries at the
-stored ids last, with sparse corrections from registers. Results are bitwise reproducible, because
-the kernel uses no atomics and rounds each entry once.
+One program computes one row: the program reads the logits of the stored ids, passes over the row
+once for maximum and sums (online softmax) and once more to write the gradient, and writes the
+entries at the stored ids last, with sparse corrections from registers. Results are bitwise
+reproducible, because the kernel uses no atomics and rounds each entry once.
 
-The kernel computes in float32; for float64 use the implementation "chunked". It also runs in
-Triton's interpreter on a CPU (TRITON_INTERPRET=1), slowly.
+The kernel computes in float32; for float64 use the implementation "chunked". On a CPU the kernel
+runs, slowly, in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 # Triton parses the source of the kernel's functions: arguments cannot be annotated, constants are

@@ -1,9 +1,10 @@
 """Measure a student's learning signal: its distance from the teacher, or the sampling variance.
 
 "distance" is the total variation distance between the distributions of teacher and student.
-"variance" is the variance of the student's unembedding row for a token drawn from the teacher. It
-measures the noise of one independent round in the student's hidden space. Rounds proportional to
-the square root of the variance minimise the total variance for a given total number of rounds.
+"variance" is the variance of the student's unembedding row for a token drawn from the teacher, that
+is, the noise of one independent round in the student's hidden space. For a given total number of
+rounds, the total variance is least if the number of rounds at each position is proportional to the
+square root of the variance there.
 
 Cost: the distance needs a forward pass of the student, with its head, over every window; the
 variance needs only products with the student's unembedding.
@@ -120,7 +121,9 @@ class StudentSignal:
         if self.needs_states:
             head = self.engine.head
             assert head is not None
-            student = head(self._states(len(logits))).float()[:, : logits.shape[1]]
+            student = head(self._states(len(logits))).float()
+            _require_ids(student.shape[1], logits.shape[1])
+            student = student[:, : logits.shape[1]]
             return (teacher - student.softmax(-1)).abs().sum(-1).double() / 2
         rows = self.unembedding(logits.shape[1])
         mean = teacher @ rows
@@ -137,11 +140,7 @@ class StudentSignal:
             InvalidArgumentError: the student's vocabulary is smaller than V.
         """
         weight: Tensor = self.engine.model.get_output_embeddings().weight.detach()  # type: ignore[operator]
-        if weight.shape[0] < vocabulary:
-            raise InvalidArgumentError(
-                f"the student's vocabulary has {weight.shape[0]} ids, expected at least the "
-                f"teacher's {vocabulary}; use a student with the teacher's vocabulary"
-            )
+        _require_ids(weight.shape[0], vocabulary)
         return weight[:vocabulary].float()
 
     def _states(self, positions: int) -> Tensor:
@@ -153,3 +152,15 @@ class StudentSignal:
                 f"{positions}; call sampler.at(tokens, positions) first"
             )
         return self.hidden
+
+
+def _require_ids(student: int, teacher: int) -> None:
+    """Validate that a student has at least as many ids as the teacher.
+
+    Raises InvalidArgumentError.
+    """
+    if student < teacher:
+        raise InvalidArgumentError(
+            f"the student's vocabulary has {student} ids, expected at least the teacher's "
+            f"{teacher}; use a student with the teacher's vocabulary"
+        )

@@ -151,7 +151,7 @@ def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
 
 @torch.no_grad()
 def _is_equivalent(model: nn.Module, slicer: Slicer) -> bool:
-    """Return whether the pruned model equals the larger one with the removed parts set to zero."""
+    """Return whether pruning and setting the removed parts to zero give the same logits."""
     student = build(model, slicer).float()
     whole = build(model, Slicer(slicer.layout, Kept(slicer.kept.layers), slicer.order)).float()
     index_of = {slicer.new_name(name): slicer.index(name) for name in model.state_dict()}

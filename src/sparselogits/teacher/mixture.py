@@ -25,8 +25,8 @@ class MixtureTeacher:
         weights: positive weight w_m of each teacher; their sum is 1.
 
     Raises:
-        InvalidArgumentError: the number of weights differs from the number of teachers, a weight is
-            not positive, or their sum is not 1.
+        InvalidArgumentError: there is no teacher, the number of weights differs from the number of
+            teachers, a weight is not positive, or the sum of the weights is not 1.
     """
 
     def __init__(self, teachers: Sequence[Engine], weights: Sequence[float]) -> None:

@@ -26,7 +26,10 @@ _SUMS = ("kd", "ce", "cosine", "entropy", "entries", "positions", "tokens")
 
 
 class LossMeter:
-    """Sums of losses and counts over positions, in a tensor that a compiled forward can update."""
+    """Accumulator of losses and counts over positions, and of the time spent waiting for data.
+
+    The sums are elements of one tensor, which a compiled forward can update.
+    """
 
     def __init__(self) -> None:
         self._sums = torch.zeros(len(_SUMS))

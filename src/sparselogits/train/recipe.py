@@ -306,7 +306,8 @@ RENAMED = {
 class TrainingSettings(_Strict):
     """Training settings of a recipe, named like fields of TrainingArguments.
 
-    All other fields of transformers' TrainingArguments are accepted too.
+    The other fields of transformers' TrainingArguments are accepted too, except the fields in
+    `set_elsewhere`, and values that `SparseKDTrainer` does not support.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -560,9 +560,9 @@ class _SynchroniseOrder(TrainerCallback):  # type: ignore[misc]
         changing = order.thinning is not None and len(order.thinning.stages) > 1
         if changing and order.pace.steps != state.max_steps:
             raise InvalidArgumentError(
-                f"the thinning schedule covers {order.pace.steps} steps, but the Trainer makes "
-                f"{state.max_steps}: leave out the arguments of the Trainer that change the number "
-                "of batches per epoch or step"
+                f"the thinning schedule covers {order.pace.steps} steps, but the Trainer runs "
+                f"{state.max_steps}: omit the arguments of the Trainer that change the number of "
+                "batches per epoch or step"
             )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:

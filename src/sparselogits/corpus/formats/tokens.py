@@ -185,7 +185,7 @@ class TokenShard(_Stream):
         if count < 0 or size != expected:
             raise CorpusError(
                 f"{file.name} claims {count:,} ids of version {version}, {expected:,} bytes, but "
-                f"has {size:,}, so it is incomplete; download it again"
+                f"has {size:,}, so it is incomplete or damaged; download it again"
             )
         return _Layout(kind, _HEADER.size, count)
 
@@ -291,7 +291,8 @@ class Megatron(TokenFormat):
         if size != expected:
             raise CorpusError(
                 f"{file.name} claims {sequences:,} sequences and {documents:,} documents, "
-                f"{expected:,} bytes, but has {size:,}, so it is incomplete; download it again"
+                f"{expected:,} bytes, but has {size:,}, so it is incomplete or damaged; download "
+                "it again"
             )
         return _INDEX_KINDS[code], sequences
 

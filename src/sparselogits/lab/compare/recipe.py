@@ -325,7 +325,9 @@ class CompareRecipe(_Strict):
         0, description="random seed for sampling, and for masking the text of a masked teacher"
     )
     vary_draws: bool = Field(
-        False, description="build a cache per seed, sampled with draw_seed + seed"
+        False,
+        description="build a separate cache for each seed, sampled with draw_seed + seed; if "
+        "false, all seeds share a cache",
     )
     mask_rate: Annotated[float, Field(gt=0, le=1)] | Literal["random"] | None = Field(
         None,

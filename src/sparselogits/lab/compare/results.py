@@ -226,10 +226,10 @@ class RunRow(_Value):
     steps: int | None = Field(None, description="number of optimiser steps")
     tokens: int | None = Field(None, description="number of tokens that the student was trained on")
     seconds: float | None = Field(
-        None, description="wall time of training; None if training was resumed"
+        None, description="wall time of training in seconds; None if training was resumed"
     )
     cpu_seconds: float | None = Field(
-        None, description="processor time of training; None if training was resumed"
+        None, description="processor time of training in seconds; None if training was resumed"
     )
     commit: str | None = Field(None, description="commit of the source tree")
     tasks: dict[str, float] = Field(

@@ -29,7 +29,8 @@ TEXT_BYTES = 1.49
 MEASURED_BITS = ((49_152, 9.683), (128_256, 12.19))
 """Pairs of vocabulary size and bits per entry, for 21 systematic rounds (benchmarks/size.json).
 
-The second was measured on a shard of four synthetic windows, so interpolation overestimates.
+The second pair was measured on a shard of four synthetic windows, so interpolated values are too
+high.
 """
 ROW_GROUP = 8
 """Number of windows per row group, the smallest unit that is fetched (docs/format.md)."""

@@ -176,7 +176,9 @@ _METRICS = (
         ),
         *(lambda row: row.gap_closed, None, 1, 0),
     ),
-    _Metric(Column("KL", "low", help="KL(teacher || student), nats"), _stored("kl"), None),
+    _Metric(
+        Column("KL", "low", help="mean KL(teacher || student), nats per token"), _stored("kl"), None
+    ),
     _Metric(
         Column("ECE %", "low", help="expected calibration error, bins of equal width"),
         *(_stored("ece"), "ece", 100, 1),

@@ -60,7 +60,9 @@ class CacheSample:
 
 
 def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
-    """Compute histograms from at most `groups` row groups, spread evenly over the cache.
+    """Compute histograms of entries, weights and the teacher's entropy from a sample of a cache.
+
+    The sample consists of at most `groups` row groups, spread evenly over the cache.
 
     Args:
         cache: the cache.
