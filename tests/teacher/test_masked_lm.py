@@ -4,14 +4,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AlbertConfig,
+    AutoModelForMaskedLM,
     BartConfig,
     BertConfig,
     BertForPreTraining,
+    CamembertConfig,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
+    EuroBertConfig,
     FNetConfig,
     FNetForMaskedLM,
     LlamaConfig,
+    MPNetConfig,
+    NomicBertConfig,
+    XLMRobertaConfig,
 )
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
@@ -51,6 +58,49 @@ def test_logits_are_the_models_own_a_slice_at_a_time(model: torch.nn.Module) -> 
         rows[piece.row].append(piece.logits)
     found = torch.stack([torch.cat(row) for row in rows])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "initializer_range": 0.3,
+    "pad_token_id": 1,
+}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+OTHERS = {
+    "ALBERT": lambda: AlbertConfig(**SIZES, embedding_size=16),
+    "CamemBERT": lambda: CamembertConfig(**SIZES),
+    "DeBERTa-v2": lambda: DebertaV2Config(**SIZES, **RELATIVE, position_biased_input=False),
+    "EuroBERT": lambda: EuroBertConfig(**SIZES, num_key_value_heads=2),
+    "MPNet": lambda: MPNetConfig(**SIZES),
+    "Nomic BERT": lambda: NomicBertConfig(**SIZES),
+    "XLM-R": lambda: XLMRobertaConfig(**SIZES),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_of_other_encoders_are_their_own(name: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(OTHERS[name]()).eval()
+    bias = model.get_output_embeddings().bias
+    if bias is not None:  # EuroBERT's head has none
+        torch.nn.init.normal_(bias, std=0.5)
+    teacher = TransformersTeacher(model, identity={}, slice_positions=16)
+    assert teacher.head is not None
+    assert predicts_masked(model)
+    mask = (torch.arange(40) < torch.tensor([40, 13, 26])[:, None]).long()
+    tokens = TOKENS.clamp(min=2).where(mask.bool(), 1)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).logits
+    rows: list[list[torch.Tensor]] = [[] for _ in tokens]
+    for piece in teacher.logits(tokens, attention_mask=mask):
+        rows[piece.row].append(piece.logits)
+    found = torch.stack([torch.cat(row) for row in rows])[mask.bool()]
+    torch.testing.assert_close(found, expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
