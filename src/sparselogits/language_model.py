@@ -200,8 +200,8 @@ def require_predicting(model: nn.Module, *, masked: bool, whose: str, of: str) -
     kinds = ("a causal language model", "a masked language model")
     raise InvalidArgumentError(
         f"{whose} ({type(model).__name__}) is {kinds[found]}, but {of} is for {kinds[masked]}: "
-        "masked models predict tokens that their input hides, causal ones the next token. Use a "
-        "model of the other kind"
+        "masked models predict tokens that their input hides, causal ones the next token. Use "
+        f"{kinds[masked]}"
     )
 
 

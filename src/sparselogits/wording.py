@@ -55,3 +55,20 @@ def duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def abbreviated(count: int) -> str:
+    """Format a count, in millions or billions if it is large.
+
+    Examples:
+        >>> abbreviated(66_672), abbreviated(134_515_008), abbreviated(8_030_261_248)
+        ('66,672', '134.5 M', '8.03 B')
+    """
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} B"
+    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def parameters(count: int) -> str:
+    """Format a number of parameters: "66,672 parameters", "134.5 M parameters"."""
+    return f"{abbreviated(count)} parameters"

@@ -55,6 +55,9 @@ def test_a_masked_teacher_is_cached_learnt_from_and_evaluated(
         *("train", "--cache", cache, "--student", bert, "--out", trained),
         *("--num-train-epochs", 1, "--per-device-train-batch-size", 8, "--device", "cpu"),
     )
+    new = ["train", "--cache", cache, "--student-config", "tiny", "--out", tmp_path / "new"]
+    with pytest.raises(InvalidArgumentError, match=r"for a masked language model: .* Use a masked"):
+        CliRunner().invoke(app, [str(word) for word in new], catch_exceptions=False)
     (config,) = trained.glob("model/config.json")
     assert json.loads(config.read_text())["architectures"] == ["BertForMaskedLM"]
 

@@ -66,6 +66,18 @@ def test_a_command_ends_with_the_next_step(command, run):
     assert not re.search(r"\b0(\.0)?( \w+)?/s\b", err)
 
 
+def test_a_cache_without_held_out_windows_needs_another_text(run, desk, short):
+    shutil.copy(short, desk / "page.txt")
+    data = ["--data", "page.txt"]
+    options = shlex.split("--teacher 'my teacher' --out plain --window 32 --rounds 4")
+    run("cache", *options, *data)
+    train = "train --cache plain --student-config layers=1,width=16 --out my-run"
+    _, err = run(*train.split(), "--device", "cpu")
+    assert err.endswith("Next: sparselogits eval my-run --cache plain --data TEXT\n")
+    _, err = run("eval", "my-run", "--cache", "plain", "--limit", "2", *data)
+    assert "eval my-run --data page.txt --cache plain --teacher MODEL" in err
+
+
 @pytest.mark.parametrize("command", ["info my-cache", "eval my-student --cache my-cache --limit 2"])
 def test_not_where_a_machine_reads(command, run):
     assert "Next:" not in "".join(run(*shlex.split(command), "--json"))

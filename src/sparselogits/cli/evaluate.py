@@ -257,10 +257,11 @@ def evaluate_command(
     elif engine is not None and caches and vocabulary is None:
         print_next("view", caches[0], "--teacher", teachers[0], "--student", student)
     else:
+        words: list[object] = [] if data is None else ["--data", data]
         texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
-        texts = texts or [("--data", data)]
+        texts = texts or [()]
         pairs = zip(texts, teachers or ["MODEL"] * len(texts), strict=False)
-        words: list[object] = [w for text, own in pairs for w in (*text, "--teacher", own)]
+        words += [w for named, own in pairs for w in (*named, "--teacher", own)]
         words += ["--weights", weights] if isinstance(given, list) and len(caches) > 1 else []
         words += [] if vocabulary is None else ["--draft-vocabulary", draft_vocabulary]
         words += [] if engine is None else ["--draft", 4]

@@ -26,6 +26,7 @@ from sparselogits.cli.options import (
 from sparselogits.console import messages, results, stage
 from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.files import require_new_folder
+from sparselogits.wording import counted, parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,11 +143,13 @@ def _print_student(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) 
         return
     share = shrunk.parameters_after / shrunk.parameters_before
     results().print(
-        f"student in {out}: {shrunk.parameters_after / 1e6:.1f} M parameters, {share:.0%} of the "
-        f"teacher's {shrunk.parameters_before / 1e6:.1f} M"
+        f"student in {out}: {parameters(shrunk.parameters_after)}, {share:.0%} of the teacher's "
+        f"{parameters(shrunk.parameters_before)}"
     )
     if shrunk.dropped_layers:
-        results().print(f"removed blocks: {', '.join(map(str, shrunk.dropped_layers))}")
+        indices = ", ".join(map(str, shrunk.dropped_layers))
+        removed = counted(len(shrunk.dropped_layers), "block")
+        results().print(f"removed {removed}, counted from 0: {indices}")
     print_next("train", "--cache", cache or "CACHE", "--student", out, "--out", "my-run")
 
 
@@ -174,7 +177,10 @@ def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
 
     cache = CacheDataset(name)
     require_tokenizer(
-        tokenizer, cache.identity.tokenizer, cache.cache.recorded_tokenizer(), whose="the model's"
+        tokenizer,
+        cache.identity.tokenizer,
+        cache.cache.recorded_tokenizer(),
+        whose="the tokenizer of the model",
     )
     return joined_texts([cache[i] for i in spread(len(cache), count)])
 

@@ -27,10 +27,10 @@ from sparselogits.cli.options import (
     resolve_device,
 )
 from sparselogits.console import messages, results, stage
-from sparselogits.errors import RecipeError
+from sparselogits.errors import RecipeError, SparseLogitsError
 from sparselogits.methods import METHODS, METHODS_IN_WORDS, ONLINE, listed
 from sparselogits.untrusted import printable
-from sparselogits.wording import counted, rate
+from sparselogits.wording import abbreviated, counted, parameters, rate
 
 if TYPE_CHECKING:
     from sparselogits.train import PlannedRun, Recipe, RunResult
@@ -204,7 +204,18 @@ def train(
             caches += ["--weights", ",".join(f"{weight:g}" for weight in loaded.weights)]
         if loaded.draft_vocabulary is not None:
             named += ["--draft-vocabulary", str(loaded.draft_vocabulary)]
-        print_next("eval", result.out, *caches, *named)
+        print_next("eval", result.out, *caches, *_heldout(loaded), *named)
+
+
+def _heldout(recipe: Recipe) -> list[str]:
+    """Return the option of `eval` that names a text, for caches without held-out windows."""
+    from sparselogits.store import Cache
+
+    try:
+        identity = Cache.open(recipe.caches[0]).identity
+    except SparseLogitsError:  # a finished run whose cache is gone
+        return []
+    return [] if identity.packing.get("holdout") else ["--data", "TEXT"]
 
 
 def _student(path: str | None, config: str | None, lora: int | None) -> dict[str, Any] | None:
@@ -239,11 +250,11 @@ def _table(rows: dict[str, str]) -> Table:
 
 def _plan_table(plan: PlannedRun) -> Table:
     """Return a table of a planned run's properties."""
-    parameters = f"{_millions(plan.parameters)} parameters"
+    size = parameters(plan.parameters)
     if plan.trained != plan.parameters:
-        parameters += f", {_millions(plan.trained)} of them trained"
+        size += f", {abbreviated(plan.trained)} of them trained"
     rows = {
-        "student": f"{plan.student}, {parameters}",
+        "student": f"{plan.student}, {size}",
         "data type": f"{plan.dtype} on {plan.device}; saved in {plan.saved}",
         "data": f"{counted(plan.windows, 'window')}, {counted(plan.steps, 'step')}, "
         f"{counted(plan.tokens, 'token')}",
@@ -273,10 +284,3 @@ def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
     if recipe.draft_vocabulary is not None:
         rows["head"] = str(result.out / DRAFTER_HEAD)
     return _table(rows)
-
-
-def _millions(count: int) -> str:
-    """Format a number of parameters, in millions or billions if it is large."""
-    if count >= 1e9:
-        return f"{count / 1e9:,.2f} B"
-    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"

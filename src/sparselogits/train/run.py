@@ -74,6 +74,7 @@ from sparselogits.train.student import (
 )
 from sparselogits.train.trainer import SparseKDTrainer
 from sparselogits.untrusted import printable
+from sparselogits.wording import counted
 
 TrainingProgress = Callable[[int, int, dict[str, float]], None]
 """Function that is called with the steps done, the total steps and the latest log line."""
@@ -222,8 +223,9 @@ def _run(
     if len(dataset) < recipe.per_device_train_batch_size:
         raise RecipeError(
             f"per_device_train_batch_size={recipe.per_device_train_batch_size}, but "
-            f"{_caches_in_words(recipe)} contains {len(dataset)} windows, fewer than one batch. "
-            "Use a smaller batch, or build more of the cache"
+            f"{_caches_in_words(recipe)} contains {counted(len(dataset), 'window')}, fewer than "
+            f"one batch. Use a smaller batch (--per-device-train-batch-size {len(dataset)}), or "
+            "build more of the cache"
         )
     tokenizer = find_tokenizer(recipe, dataset)
     evaluated = None
