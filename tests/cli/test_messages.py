@@ -1,5 +1,6 @@
 """Test common user errors: one message with the cause and the next step, no traceback."""
 
+import gzip
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from sparselogits.console import messages, stage
 from tests.conftest import tiny_llama
+from tests.masked_models import VOCABULARY, bert_tokenizer
 
 CACHE = "cache --teacher {teacher} --data {text} --out {new} --window 32"
 TRAIN = "train --cache {cache} --out {new} --student-config tiny"
@@ -41,7 +43,10 @@ MISTAKES = {
         "give the student at least as many",
     ),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\n"
-    "per_device_train_batch_size: 9999}": ("fewer than one batch", "use a smaller batch"),
+    "per_device_train_batch_size: 9999}": (
+        "fewer than one batch",
+        "use a smaller batch (--per-device-train-batch-size",
+    ),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: 3m}}\nreport_to: [tensorbord]}": (
         "tensorbord is not supported",
         "only",
@@ -63,7 +68,7 @@ MISTAKES = {
     CACHE + " --holdout 1.5": ("is 1.5", "from 0 to below 1"),
     CACHE + " --dtype int4": ("unknown dtype 'int4'", "available: auto"),
     CACHE + " --device tpu": ("--device tpu", "choose auto or cpu"),
-    CACHE + " --text-field body": ("has no field `body`", "the name of the field"),
+    CACHE + " --text-field body": ("has no field `body`", "--text-field"),
     "cache --teacher {text} --data {text} --out {new}": ("a file that is not a gguf", "hub name"),
     "cache --teacher ./no --data {text} --out {new}": ("no model folder", "check the path"),
     "cache --teacher {small} --data {text} --out {new}": ("no tokenizer", "give a folder"),
@@ -72,6 +77,7 @@ MISTAKES = {
     GIVEN + "{bytes}": ("bytes.txt", "utf-8"),
     GIVEN + "{void}": ("empty", "give other text"),
     GIVEN + "{blank}": ("contains no text", "give other text"),
+    GIVEN + "{packed}": ("it contains 1 .gz", "decompress the files first"),
     "cache --teacher {teacher} --data {text} --out /proc/x --window 32": (
         "cannot write /proc/x",
         "check",
@@ -80,7 +86,15 @@ MISTAKES = {
     "eval nope --cache {cache}": ("there is no folder 'nope'", "check the path"),
     "eval {cache} --cache {cache}": ("contains no model", "give the folder"),
     "cache --teacher nope --data {text} --out {new}": ("there is no folder 'nope'", "a hub name"),
+    "cache --teacher no/model --data {text} --out {new}": (
+        "there is no folder 'no/model'",
+        "check the path",
+    ),
     "eval /no/student --cache {cache}": ("no model folder", "check the path"),
+    "shrink {other} --layers 1 --cache {cache} --out {new}": (
+        "the tokenizer of the model",
+        "use the tokenizer of the cache",
+    ),
     "eval {teacher} --cache {cache} --draft 3": ("--draft needs --teacher", "verifies"),
     "eval {teacher} --cache {cache} --limit 0": ("--limit", "greater than or equal to 1"),
     "export {cache} --out {teacher}": ("is not empty", "new or empty folder"),
@@ -101,11 +115,15 @@ def places(tmp_path_factory, teacher_folder, text, cache) -> dict[str, Path]:
         file = root / name / "cache.json"
         file.write_text(file.read_text().replace(before, after, 1))
     tiny_llama(vocab_size=400).save_pretrained(root / "small")
+    tiny_llama(vocab_size=VOCABULARY).save_pretrained(root / "other")
+    bert_tokenizer().save_pretrained(root / "other")
+    (root / "packed").mkdir()
+    (root / "packed" / "notes.txt.gz").write_bytes(gzip.compress(b"some text"))
     (root / "void.txt").write_text("")
     (root / "blank.txt").write_text(" \n\n ")
     (root / "bytes.txt").write_bytes(b"\xff\xfe\x00\x80" * 50)
     return {
-        **{name: root / name for name in ("newer", "torn", "small")},
+        **{name: root / name for name in ("newer", "torn", "small", "other", "packed")},
         **{name: root / f"{name}.txt" for name in ("void", "blank", "bytes")},
         **{"teacher": teacher_folder, "text": text, "cache": cache},
     }

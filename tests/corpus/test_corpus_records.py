@@ -159,8 +159,10 @@ def test_types_of_arrow(tmp_path, tokenizer, kind):
     pq.write_table(table, tmp_path / "a.parquet")
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
         stream.write_table(table)
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as file_format:  # as Polars writes
+        file_format.write_table(table, max_chunksize=1)
     talk = tokenizer.apply_chat_template(TALK, tokenize=False)
-    for file in ("a.parquet", "a.arrow"):
+    for file in ("a.parquet", "a.arrow", "file.arrow"):
         assert texts(tmp_path / file, tokenizer) == ([talk] if says is None else [says, talk])
 
 

@@ -213,10 +213,12 @@ def _folder(folder: Path, split: str, configuration: str | None) -> Located:
         known = sorted(suffix for each in known_formats() for suffix in each.suffixes)
         kinds = Counter(Path(name).suffix or "files without a suffix" for name in found)
         present = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no files"
+        advice = f"To read other files as text, name them by a pattern, such as '{folder}/**/*.py'"
+        if found and all(is_compressed(Path(name)) for name in found):
+            advice = "Decompress the files first"
         raise CorpusError(
             f"{folder} contains no text that is read from folders ({', '.join(known)}, "
-            f"compressed .jsonl); it contains {present}. To read other files as text, name them by "
-            f"a pattern, such as '{folder}/**/*.py'"
+            f"compressed .jsonl); it contains {present}. {advice}"
         )
     suffix = content_suffix(Path(next(iter(chosen))))
     for name in names:

@@ -30,6 +30,9 @@ from sparselogits.errors import CorpusError
 Where = Callable[[], str]
 """Function that returns the file name and position of a record, for error messages only."""
 
+TEXT_FIELD = "(text_field, --text-field on the command line)"
+"""Names of the option that chooses the field with text, for error messages."""
+
 CONVERSATION_BYTES = 4 << 20
 """Maximum size, in bytes, of a conversation that is tokenised at once; longer ones are cut into
 pieces like long documents."""
@@ -152,7 +155,7 @@ class Fields:
         wanted = "`prompt` and `completion`, nor `messages` (or `conversations`)"
         if not self.completion_only:
             wanted = f"`{self.text}`, nor {wanted}"
-        advice = ". Give the name of the field that contains the text (text_field)"
+        advice = f". Give the name of the field that contains the text {TEXT_FIELD}"
         if self.completion_only:
             advice = ". Give records with completions, or train on all tokens"
         if self.completion_only and self.text in found:
@@ -280,7 +283,7 @@ def _text(value: object, name: str, where: Where) -> str:
         return value
     raise CorpusError(
         f"{where()}: the field `{name}` contains {type(value).__name__}, not text; give the name "
-        "of the field that contains the text (text_field)"
+        f"of the field that contains the text {TEXT_FIELD}"
     )
 
 

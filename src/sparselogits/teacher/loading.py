@@ -451,7 +451,7 @@ def _source_of(name: str) -> tuple[str, dict[str, Any]]:
 def _require_folder(name: str, error: Exception) -> None:
     """Raise an error about a missing or empty folder, unless the model may be on the hub."""
     path = Path(name)
-    if not path.exists() and "/" not in name:
+    if not path.exists():
         problem = "no model of that name could be loaded from the Hugging Face hub"
         raise not_found_error(name, f"{problem}: {_first_line(error)}") from error
     if path.is_dir() and not (path / CONFIG).exists():

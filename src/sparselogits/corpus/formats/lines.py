@@ -75,6 +75,11 @@ class JsonLines(LineFormat):
         start = line[:40].decode(errors="replace").strip()
         try:
             record = json.loads(line.removeprefix(BOM_UTF8))
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"{where()} is not UTF-8 text: byte 0x{error.object[error.start]:02x} "
+                f"({error.reason}). Convert the file (for example `iconv -f LATIN1 -t UTF-8`)"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{where()} is not JSON ({error}): {start!r}; {advice}") from None
         if not isinstance(record, dict):

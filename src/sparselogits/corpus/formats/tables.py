@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparselogits.corpus.formats.format import Format, SourceFile, Span
-from sparselogits.corpus.records import Fields, Record
+from sparselogits.corpus.records import TEXT_FIELD, Fields, Record
 from sparselogits.errors import CorpusError
 
+_ARROW_FILE = b"ARROW1"  # first bytes of an Arrow file; a stream has none of its own
 _BATCH_ROWS = 64
 
 _IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -67,7 +68,7 @@ class Parquet(Format):
 
 
 class Arrow(Format):
-    """Format of Arrow streams, as `datasets` stores them; the unit of a span is a record batch."""
+    """Arrow streams, as `datasets` stores them, and Arrow files; a span's unit is a record batch."""
 
     name = "arrow"
     named_suffixes = (".arrow",)
@@ -116,9 +117,15 @@ def _arrow_batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
     with (
         _arrow_errors(f"{file.name} cannot be read as Arrow", "save the dataset again"),
         pa.memory_map(str(file.path)) as source,
-        pa.ipc.open_stream(source) as reader,
     ):
-        yield from reader
+        head = source.read(len(_ARROW_FILE))
+        source.seek(0)
+        if head == _ARROW_FILE:
+            with pa.ipc.open_file(source) as reader:
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            with pa.ipc.open_stream(source) as reader:
+                yield from reader
 
 
 def _columns(schema: pa.Schema, name: str, fields: Fields | None) -> list[str]:
@@ -135,7 +142,7 @@ def _columns(schema: pa.Schema, name: str, fields: Fields | None) -> list[str]:
         if not any(is_kind(kind) for is_kind in (*_IS_TEXT, pa.types.is_null, _is_objects)):
             raise CorpusError(
                 f"{name}: the column `{fields.text}` contains {kind}, not text; give the name of "
-                f"the column that contains the text (text_field) out of {', '.join(schema.names)}"
+                f"the column that contains the text {TEXT_FIELD} out of {', '.join(schema.names)}"
             )
     return columns
 
