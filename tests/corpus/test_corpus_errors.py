@@ -40,7 +40,7 @@ GOOD = {"text": TEXT}
         ("a.dat", b"MZ\x00\x01 binary", r"a\.dat is not a text file: it has a zero byte at"),
         ("a.txt.gz", b"\x1f\x8b", r"Decompress it first"),
         ("a.jsonl", lines(GOOD, b"{'no'}"), r"a\.jsonl, line 2 is not JSON .*\"\{'no'\}\""),
-        ("a.jsonl", lines(GOOD, b"", b"\xff{}"), r"a\.jsonl, line 3 is not UTF-8 text: byte 0xff .*iconv"),
+        ("a.jsonl", lines(GOOD, b"", b"\xff{}"), r"line 3 is not UTF-8 text: byte 0xff .*iconv"),
         ("a.json", lines([GOOD]), r"line 1 is not an object.*jq -c"),
         ("a.json", b'[\n{"text": "a"}\n]', r"line 1 is not JSON.*jq -c"),
         ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"line 2 has no field `text`, nor `prompt` an"),

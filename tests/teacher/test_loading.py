@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from sparselogits.errors import TeacherError
 from sparselogits.teacher import load_teacher
@@ -82,6 +91,14 @@ def test_a_missing_model(name: str, said: str) -> None:
 
 def test_an_empty_folder_has_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="contains no model"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config])
+def test_a_model_saved_without_its_tokenizer_has_none(config: type, tmp_path: Path) -> None:
+    """For most of these, transformers makes a tokenizer of special tokens without any file."""
+    config().save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match="no tokenizer could be read"):
         load_tokenizer(str(tmp_path))
 
 

@@ -44,6 +44,7 @@ from sparselogits.teacher.checkpoint import (
 )
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher, entrance
+from sparselogits.wording import counted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Data types in which a model can be loaded, by name."""
@@ -78,7 +79,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         if found.base is not None:
             return load_tokenizer(found.base.source, trust_remote_code=trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, **arguments
         )
     except Exception as error:
@@ -87,6 +88,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             f"no tokenizer could be read from {name!r}: {_first_line(error).rstrip(':. ')}. Give a "
             "folder with tokenizer files, a GGUF file, or a hub name (needs a network once)"
         ) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # for most architectures transformers makes such a tokenizer where there are no files
+        raise TeacherError(
+            f"no tokenizer could be read from {name!r}: it has no tokenizer files, or they contain "
+            "special tokens alone. Save the model's tokenizer there too, or give a folder with both"
+        )
+    return tokenizer
 
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -268,8 +276,9 @@ def _load(
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         lacking = TeacherError(
-            f"{name!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), "
-            "which would be random; give the checkpoint of the language model with its head"
+            f"{name!r} lacks {counted(len(missing), 'weight')} of {type(model).__name__} "
+            f"({missing[0]}, ...), which would be random; give the checkpoint of the language "
+            "model with its head"
         )
         refuse(lacking, "missing-weights", allow)
     return model  # type: ignore[no-any-return]

@@ -68,7 +68,7 @@ class Parquet(Format):
 
 
 class Arrow(Format):
-    """Arrow streams, as `datasets` stores them, and Arrow files; a span's unit is a record batch."""
+    """Arrow streams, as `datasets` stores them, and Arrow files; a span has record batches."""
 
     name = "arrow"
     named_suffixes = (".arrow",)
