@@ -38,7 +38,7 @@ GOOD = {"text": TEXT}
         ("a.txt", b"good\n" * 30_000 + b"caf\xe9 \n", r"UTF-8 text: byte 0xe9 at offset 150003"),
         ("a.txt", "é".encode("utf-16"), r"zero byte at offset 3. If it is UTF-16, convert it"),
         ("a.dat", b"MZ\x00\x01 binary", r"a\.dat is not a text file: it has a zero byte at"),
-        ("a.txt.gz", b"\x1f\x8b", r"Decompress it first"),
+        ("a.txt.gz", b"\x1f\x8b", r"Decompress the file first"),
         ("a.jsonl", lines(GOOD, b"{'no'}"), r"a\.jsonl, line 2 is not JSON .*\"\{'no'\}\""),
         ("a.jsonl", lines(GOOD, b"", b"\xff{}"), r"line 3 is not UTF-8 text: byte 0xff .*iconv"),
         ("a.json", lines([GOOD]), r"line 1 is not an object.*jq -c"),
