@@ -358,11 +358,11 @@ def _rows(tables: Path, part: int, length: int) -> Iterator[tuple[NDArray[Any], 
     try:
         with open_part(path, 1 << 31) as file:
             if not file.schema_arrow.equals(_SCHEMA):
-                found, expected = (
+                has, expected = (
                     shown({field.name: str(field.type) for field in schema})
                     for schema in (file.schema_arrow, _SCHEMA)
                 )
-                raise damaged(path, f"it has the columns {found}, expected {expected}")
+                raise damaged(path, f"it has the columns {has}, expected {expected}")
             for batch in file.iter_batches(_ROWS):
                 columns = tuple(column.to_numpy(zero_copy_only=False) for column in batch.columns)
                 if not len(columns[1]):
