@@ -31,9 +31,10 @@ sys.path.insert(0, str(ROOT))
 from experiments.compare.tables import Seeds, said, tables_of  # noqa: E402
 from experiments.healing.tables import filled as in_places  # noqa: E402
 from experiments.healing.tables import over_seeds_or_windows  # noqa: E402
+from experiments.planned import less  # noqa: E402
 
 from sparselogits.evaluate import Estimate  # noqa: E402
-from sparselogits.evaluate.intervals import two_sided_p  # noqa: E402
+from sparselogits.evaluate.intervals import fieller_interval, two_sided_p  # noqa: E402
 from sparselogits.lab.compare import Results, read_results  # noqa: E402
 from sparselogits.train.recipe import with_new_names  # noqa: E402
 
@@ -306,11 +307,19 @@ class Findings:
         both = ([row for row in self.on_policy["arms"] if row["arm"] == n] for n in (name, other))
         return said(over_seeds_or_windows(*both, metric)[0], digits, 1, "+")
 
-    def masked_share(self) -> str:
-        """Return the endpoint of experiments/masked in per cent, with Fieller's interval."""
-        own = self.masked["endpoint"]
-        ends = (None if own[end] is None else 100 * own[end] for end in ("low", "high"))
-        return percent(Estimate(100 * own["mean"], *ends, 0))
+    def masked_share(self, method: str) -> str:
+        """Return the share of the way from CE's KL to full KD's that a method covers."""
+        kl = {name: row["kl"] for name, row in self.masked["methods"].items()}
+        share = fieller_interval(less(kl, "CE", method), less(kl, "CE", "full KD"))
+        ends = (None if end is None else 100 * end for end in (share.low, share.high))
+        return percent(Estimate(100 * share.mean, *ends, share.units))
+
+    def masked_mean(self, method: str, metric: str, digits: int, scale: float = 1) -> str:
+        """Return the mean of a metric of experiments/masked over seeds."""
+        found = self.masked["methods"][method][metric]
+        return (
+            f"{scale * (sum(found) / len(found) if isinstance(found, list) else found):.{digits}f}"
+        )
 
     def bytes(self, setting: str, method: str) -> str:
         """Return the bytes of the cached targets per token."""
