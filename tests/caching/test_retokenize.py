@@ -522,7 +522,7 @@ def test_the_command(cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any)
     assert not code
     code, said = run(*given[:-1], "other", "--special", "=x")
     assert code
-    assert "expected TEACHER=STUDENT" in said.err
+    assert "give TEACHER=STUDENT" in said.err
     assert sparselogits.retokenize is retokenize
 
 

@@ -298,7 +298,7 @@ def save_untrained(recipe: Recipe) -> RunResult:
 def _new_student(recipe: Recipe, dataset: CacheDataset, tokenizer: Any | None) -> nn.Module:
     """Create the untrained student of a recipe."""
     torch.manual_seed(recipe.seed)
-    vocab_size = dataset.cache.identity.vocab_size
+    vocab_size = max(cache.identity.vocab_size for cache in dataset.caches)
     model = make_student(recipe.student, vocab_size=vocab_size, dataset=dataset)
     if recipe.student.is_new and tokenizer is not None:
         give_tokens(model, tokenizer)
