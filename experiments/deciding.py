@@ -281,6 +281,7 @@ def run_seed(material: Material, start: Path, seed: int, size: Size, work: Path)
     )
     found = evaluate(students, material.heldout, engine, resamples=1)
     facts = {
+        "precision": PRECISION,
         "teacher_loss": found["teacher"].loss,
         "positions": list(found["teacher"].positions_by_window),
         "kl": {title: found[title].sums("kl")[:, 0].tolist() for title in students},

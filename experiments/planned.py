@@ -104,6 +104,11 @@ def collect(
     seeds = [json.loads(file.read_text()) for file in files if file.exists()]
     if not seeds:
         raise SystemExit(f"no seed is done in {work}; start the command `run` first")
+    if len(formats := {own["precision"] for own in seeds}) > 1:
+        raise SystemExit(
+            f"seeds in {work} were computed in {' and '.join(sorted(formats))}; run all of them in "
+            "one number format"
+        )
     positions = np.array(seeds[0]["positions"], np.int32)
     sums = {
         name: np.array([[own[name][title] for own in seeds] for title in titles], np.float32)
@@ -124,7 +129,6 @@ def collect(
         "size": asdict(size),
         "as_planned": size == planned,
         **shared,
-        "precision": PRECISION,
         "torch": torch.__version__,
         "python": platform.python_version(),
         **means,

@@ -254,6 +254,7 @@ def run(work: Retokenized) -> None:
             "tokens_of_the_student": found.tokens,
             "entries_per_position": found.entries_per_position,
             "window_length": work.length,
+            "precision": PRECISION,
         }
         write_whole(work.result(seed), json.dumps({**facts, **work.measure(students)}) + "\n")
 

@@ -189,6 +189,7 @@ class Work:
         found = evaluate(students, self.heldout, self.engine(), resamples=1)
         result = {
             **facts,
+            "precision": PRECISION,
             "teacher_loss": found["teacher"].loss,
             "positions": list(found["teacher"].positions_by_window),
             "loss": {title: found[title].sums("loss")[:, 0].tolist() for title in students},

@@ -594,7 +594,7 @@ def collect(work: Path, out: Path, size: Size) -> dict[str, Any]:
         "student_parameters": results.settings["student_parameters"]["every second layer"],
         "methods": methods,
         "causal_bytes_per_token": json.loads(causal.read_text()) if causal.exists() else None,
-        "precision": PRECISION,
+        "precision": training["precision"],
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
