@@ -27,7 +27,7 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ({"methods": ["topk"]}, "0.method: unknown method; available: sparse, ce, full, .*, none"),
         ({"methods": [{"sampler": "topk", "kay": 3}]}, "has no field 'kay'; did you mean 'k'"),
         ({"methods": [{"sampler": "multinomial"}]}, "multinomial needs a budget or rounds"),
-        ({"methods": [{"alpha": 0.5}]}, "give a sampler, or method"),
+        ({"methods": [{"alpha": 0.5}]}, "found no sampler; give one, or method"),
         ({"methods": [{"method": "ce", "budget": 5}]}, "method: ce does not use budget"),
         ({"methods": [{"method": "full", "beta": 0.5}]}, "'full' has no beta"),
         ({"methods": [{"method": "jensen_shannon", "beta": 1.5}]}, "beta must be in .0, 1."),

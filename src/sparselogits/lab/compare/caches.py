@@ -1,7 +1,7 @@
-"""Prepare a comparison: pack the text, load the teacher, and build the caches of all methods.
+"""Prepare a comparison: pack the text, load the teacher, create the students, build the caches.
 
 One pass of the teacher writes all caches. Methods with equal samplers share a cache; methods
-without cached targets read the text from the smallest cache. If a sampler cannot be fitted to its
+without cached targets read the text from a Top-1 cache. If a sampler cannot be fitted to its
 budget, only the methods that use the sampler fail.
 """
 
@@ -65,7 +65,7 @@ class Draw:
         parameters: name and parameters of the sampler, as in the recipe.
         budget: mean entries per position, from which the missing parameter is computed; None if
             no parameter is missing.
-        seed: random seed for sampling; None for the seed of the recipe.
+        seed: random seed for sampling; None for `draw_seed` of the recipe.
     """
 
     parameters: dict[str, Any]
@@ -128,12 +128,9 @@ class Setting:
         """
         return TextDataset(self.corpus, limit=limit, corruption=self.corruption)
 
-    def key(self, *inputs: Any) -> str:
-        """Return the fingerprint of inputs and, for a masked teacher, of its objective."""
-        return _key(self.corruption, *inputs)
 
-
-def _key(corruption: Corruption | None, *inputs: Any) -> str:
+def key_of(corruption: Corruption | None, *inputs: Any) -> str:
+    """Return the fingerprint of inputs and, for a masked teacher, of the objective."""
     masked = [] if corruption is None else [corruption.objective.to_json()]
     return fingerprint([*inputs, *masked])
 
@@ -145,7 +142,7 @@ def prepare(
     device: str = "cpu",
     stage: OpenStage = silent_stage,
 ) -> Setting:
-    """Pack the text, load the teacher, build missing caches, and create students from the teacher.
+    """Pack the text, load the teacher, create students from the teacher, and build missing caches.
 
     Args:
         recipe: the comparison.
@@ -154,8 +151,8 @@ def prepare(
         stage: function that shows the progress of a stage, such as `console.stage`.
 
     Raises:
-        SparseLogitsError: If the teacher or the text cannot be used, or the directory contains a
-            comparison with another teacher or text.
+        SparseLogitsError: If the teacher, the text or a student cannot be used, or the directory
+            contains a comparison with another teacher or text.
     """
     source = open_source(
         recipe.data,
@@ -234,14 +231,14 @@ def _require_for_teacher(recipe: CompareRecipe, *, masked: bool) -> None:
     """Check that a recipe has no settings for the other kind of teacher, masked or causal."""
     if not masked and recipe.masking:
         raise InvalidArgumentError(
-            f"{next(iter(recipe.masking))} is for a masked language model, and the teacher "
-            f"{recipe.teacher} is a causal one; leave it out, or name another teacher"
+            f"{next(iter(recipe.masking))} is for a masked language model, but the teacher "
+            f"{recipe.teacher} is a causal one; leave the key out, or name another teacher"
         )
     causal = {"tasks": recipe.tasks, "draft": recipe.draft}
     given = [name for name, value in causal.items() if value]
     if masked and given:
         raise InvalidArgumentError(
-            f"{' and '.join(given)}: measured for causal language models only, and the teacher "
+            f"{' and '.join(given)}: measured for causal language models only, but the teacher "
             f"{recipe.teacher} is a masked one; leave the keys out, or name another teacher"
         )
     for name, student in recipe.students.items():
@@ -249,7 +246,7 @@ def _require_for_teacher(recipe: CompareRecipe, *, masked: bool) -> None:
             continue
         if student.layer_score == "loss":
             raise InvalidArgumentError(
-                f"students.{name}: layer_score is loss, which is the loss of next tokens, and the "
+                f"students.{name}: layer_score is loss, which is the loss of next tokens, but the "
                 f"teacher {recipe.teacher} is a masked language model; choose influence or spaced"
             )
 
@@ -261,12 +258,12 @@ def _fit_samplers(
     corpus: PackedCorpus,
     corruption: Corruption | None,
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """Return samplers fitted to their budgets, and the reasons for failures, both by key."""
+    """Return samplers fitted to their budgets, and the reasons for failures, by `Draw.fit_key`."""
     samplers: dict[str, Sampler] = {}
     failures: dict[str, str] = {}
     pilot: list[Window] = []
     for key, draw in draws.items():
-        stored_under = _key(corruption, teacher.identity["weights"], key)
+        stored_under = key_of(corruption, teacher.identity["weights"], key)
         try:
             parameters = work.value("samplers", stored_under)
             if parameters is not None:

@@ -24,7 +24,7 @@ from typing import Any
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
-from sparselogits.lab.compare.caches import OpenStage, Setting, prepare, silent_stage
+from sparselogits.lab.compare.caches import OpenStage, Setting, key_of, prepare, silent_stage
 from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.compare.gradients import measure_missing, with_gradients
 from sparselogits.lab.compare.older import convert_older_work
@@ -99,8 +99,8 @@ def compare(
 
     Raises:
         SparseLogitsError: If the teacher or the text cannot be used, the directory contains a model
-            or another comparison, or lm-eval is needed but not installed. The failure of a run or a
-            task is recorded in the results instead.
+            or another comparison, or lm-eval is needed but not installed. The failure of a run, a
+            task or a measurement of gradients is recorded in the results instead.
     """
     if (recipe.out / "config.json").exists():
         raise InvalidArgumentError(
@@ -201,7 +201,7 @@ def _parameters(runs: Sequence[Run], student: str) -> int | None:
 def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
     """Load the metrics of the teacher, or measure and store them."""
     weights, text = setting.teacher.identity["weights"], setting.corpus.source_fingerprint
-    key = setting.key(weights, text, recipe.heldout_windows)
+    key = key_of(setting.corruption, weights, text, recipe.heldout_windows)
     if (stored := setting.work.value("teacher", key)) is not None:
         return TeacherRow.model_validate(stored)
     windows = setting.heldout(recipe.heldout_windows)
@@ -219,7 +219,7 @@ def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
 
 
 def _rounded(value: Any) -> Any:
-    """Round all numbers in a JSON value to six significant digits; metrics are less precise."""
+    """Round the floats in a JSON value to six significant digits; metrics are less precise."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

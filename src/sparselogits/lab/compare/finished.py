@@ -6,6 +6,7 @@
 KIND is one of samplers, teacher, runs, gradients and tasks. KEY is the fingerprint of all inputs
 that determine the value, so a value never changes and is read once per process. If a recipe is
 extended, or processes share a directory, no value is computed twice and no outdated value is used.
+The preparation of a comparison and all of its gradients have one lock each, `all.lock`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sparselogits.locks import Held, lock_file
 
 
 def fingerprint(inputs: object) -> str:
-    """Return the SHA-256 of JSON values as hexadecimal text."""
+    """Return the SHA-256 of a JSON value in canonical form, as hexadecimal text."""
     return hashlib.sha256(canonical_json(inputs)).hexdigest()
 
 

@@ -2,10 +2,11 @@
 
 The measured targets are those of training, including thinning, the missing-mass rule and the share
 alpha of the labels; CE has the labels as targets. Methods with equal targets share a measurement.
-Not measured are methods without cached targets, except CE, and methods with a thinning schedule.
+Methods without cached targets, except CE, and methods with a thinning schedule are not measured.
 
-While another process is training the student to measure, nothing is measured, because that process
-measures at its end. One process measures at a time; others wait.
+The gradients of all methods are those of one trained student. While another process is training
+that student, nothing is measured, because the other process measures when its runs are done. One
+process measures at a time; others wait.
 """
 
 from __future__ import annotations
@@ -98,7 +99,10 @@ def with_gradients(
 def _planned_measurements(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], student: str
 ) -> list[PlannedMeasurement]:
-    """Return the measurements of a student, one for each method with a constant target."""
+    """Return the measurements on a student, one per method with a cache and a constant target.
+
+    The result is empty if gradients are not required or no run of the student can be measured yet.
+    """
     on = _run_to_measure(recipe, [run for run in runs if run.planned.student == student])
     if recipe.gradients is None or on is None:
         return []
@@ -121,7 +125,7 @@ def _planned_measurements(
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """Return the first run that has not failed, CE's before others; None if it is unfinished."""
+    """Return the first run that has not failed, CE's first; None if that run is unfinished."""
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
     of_all = [r for m in recipe.methods for r in runs if r.planned.method.title == m.title]
     for run in (*of_ce, *of_all):

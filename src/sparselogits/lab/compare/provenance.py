@@ -1,4 +1,4 @@
-"""Determine the commit, versions and machine with which results are computed."""
+"""Determine the commit, the versions and the machine by which results are computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def provenance() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Return the commit of the source tree, or "unknown" outside a Git repository."""
+    """Return `git describe --always --dirty` of the source tree; "unknown" without Git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

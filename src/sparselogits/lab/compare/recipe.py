@@ -3,7 +3,7 @@
 A recipe contains the common settings and the methods to compare. A method is a name (a training
 method, or `none`) or a mapping with options of `sparselogits cache` and `sparselogits train`. A
 mapping with a list defines one method per value; two lists define one per pair of values. Keys that
-are not fields of a method are fields of its sampler:
+are not fields of a method are fields of its sampler. For example:
 
     methods:
       - ce
@@ -87,7 +87,9 @@ class MethodSpec(_Strict):
     sampler: AnySampler | None = Field(
         None, description="name of the sampler of sparse targets; its fields are keys of the method"
     )
-    budget: Budget | None = Field(None, description="mean entries per position")
+    budget: Budget | None = Field(
+        None, description="mean entries per position, to which the sampler is fitted"
+    )
     missing_mass: MissingMass = Field(
         "drop", description="rule for the probability mass that biased targets lack"
     )
@@ -149,7 +151,7 @@ class MethodSpec(_Strict):
             return self
         if self.sampler is None:
             others = [name for name in [*METHODS, UNTRAINED] if name != "sparse"]
-            raise ValueError(f"give a sampler, or method: {listed(others, 'or')}")
+            raise ValueError(f"found no sampler; give one, or method: {listed(others, 'or')}")
         try:
             _require_sampler(self, self.sampler)
         except InvalidArgumentError as error:
@@ -183,10 +185,11 @@ class MethodSpec(_Strict):
 class FromTeacher(_Strict):
     """Student that is created from the teacher's weights by pruning or quantisation.
 
-    The sizes are those after pruning, as in `sparselogits shrink`.
+    The sizes are those after pruning, as in `sparselogits shrink`; a size that is absent is the
+    teacher's.
     """
 
-    origin: Literal["teacher"] = Field(alias="from", description="teacher")
+    origin: Literal["teacher"] = Field(alias="from", description="always `teacher`")
     layers: Count | None = Field(None, description="number of transformer blocks")
     drop_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="indices of the blocks to remove, instead of layers"
@@ -267,7 +270,7 @@ class Gradients(_Strict):
         8, description="largest number of held-out windows; a multiple of the largest batch is used"
     )
     batch_windows: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
-        (1, 4), description="numbers of windows per batch, each of which is measured"
+        (1, 4), description="batch sizes in windows; gradients are measured for each"
     )
     draws: Annotated[int, Field(ge=2)] = Field(
         4, description="number of draws of a random target per batch"
@@ -356,7 +359,7 @@ class CompareRecipe(_Strict):
     )
     tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
     draft: Annotated[int, Field(ge=0)] = Field(
-        0, description="number of tokens per draft for the teacher; 0 to measure no drafting"
+        0, description="number of tokens per draft of the student; 0 to measure no drafting"
     )
     draft_windows: Count = Field(
         16, description="number of held-out windows in which tokens are drafted"
@@ -365,7 +368,7 @@ class CompareRecipe(_Strict):
         None, description="comparison of targets' gradients with full KD's; none when absent"
     )
     resamples: Count = Field(
-        1000, description="number of resamples of the windows, for the intervals"
+        1000, description="number of bootstrap resamples of the windows, for the intervals"
     )
     methods: tuple[MethodSpec, ...] = Field(
         min_length=1, description="methods, in the order in which they are trained"
@@ -460,7 +463,7 @@ def slug(text: str) -> str:
 
 
 def _require_sampler(spec: MethodSpec, choice: SamplerChoice) -> None:
-    """Check that a method's sampler fits its budget, missing-mass rule and thinning."""
+    """Check that a method's sampler fits the method's budget, missing-mass rule and thinning."""
     kind, sampler = choice.kind, choice.sampler()
     sampler.left_open(spec.budget)
     size = kind.budget_parameter

@@ -27,7 +27,7 @@ class _Value(BaseModel):
 
 
 class Ends(_Value):
-    """Ends of a 95 % interval; None if there are too few values for an interval."""
+    """Ends of a 95 % interval; None if too few values, or no finite interval, determine them."""
 
     low: float | None
     high: float | None
@@ -56,7 +56,7 @@ class MetricEstimate(_Value):
 
 
 class ReliabilityBin(_Value):
-    """Point of a reliability diagram, computed from the positions of all seeds (see `Bin`)."""
+    """Bin of a reliability diagram, over the positions of one or several models (see `Bin`)."""
 
     low: float
     high: float
@@ -66,7 +66,7 @@ class ReliabilityBin(_Value):
 
 
 class Realised(_Value):
-    """Result of drafting, summed over all seeds (see `Drafting`)."""
+    """Result of drafting, over all seeds of a method or for one run (see `Drafting`)."""
 
     verified: int
     accepted: int
@@ -125,7 +125,7 @@ class MethodRow(_Value):
 
     method: str = Field(description="title of the method")
     student: str = Field(description="name of the student")
-    family: str = Field(description="name of the training method, `none`, or name of the sampler")
+    family: str = Field(description="name of the sampler, or of the method if it has no sampler")
     spec: dict[str, Any] = Field(description="the method as in the recipe")
     sampler: dict[str, Any] | None = Field(
         description="parameters of the sampler, fitted to the budget; None without cached targets"
@@ -150,13 +150,14 @@ class MethodRow(_Value):
     )
     gap_closed: MetricEstimate | None = Field(
         description="percentage of the gap between CE's loss and full KD's that the method closes, "
-        "over the seeds that all three have; None if the gap is not distinguishable from zero"
+        "over the seeds that all three have; None without CE or full KD, or if the gap is not "
+        "distinguishable from zero"
     )
     recovered: MetricEstimate | None = Field(
         None,
         description="percentage of the gap between the untrained student's KL and full KD's that "
-        "the method closes, over the seeds that all three have; None if the gap is not "
-        "distinguishable from zero",
+        "the method closes, over the seeds that all three have; None without one of them, or if "
+        "the gap is not distinguishable from zero",
     )
     reliability: list[ReliabilityBin] = Field(description="calibration in 15 bins of equal width")
     tasks: dict[str, MetricEstimate] = Field(
@@ -297,7 +298,7 @@ class Results(_Value):
         ]
 
     def to_csv(self) -> str:
-        """Convert the results to CSV, by method and student, by run, and for the teacher."""
+        """Return CSV with a line per method and student, per run, and for the teacher."""
         out = io.StringIO()
         tasks = dict.fromkeys(name for row in self.methods for name in row.tasks)
         tasks |= dict.fromkeys(name for row in self.runs for name in row.tasks)

@@ -44,7 +44,7 @@ class Planned:
         student: name of the student.
         seed: random seed for initial weights and the order of windows.
         folder: folder of the run; None if the cache of the run could not be built.
-        fingerprint: fingerprint of all inputs that determine the metrics.
+        fingerprint: fingerprint of all inputs that determine the metrics; empty without a cache.
         why_not: reason why the cache could not be built; None if it was built.
     """
 
@@ -76,7 +76,8 @@ class Outcome:
         steps: number of optimiser steps.
         tokens: number of tokens that the student was trained on.
         seconds: wall time of training in seconds; None if training was resumed.
-        cpu_seconds: processor time of all threads in seconds; None if training was resumed.
+        cpu_seconds: processor time of creating and training the student, all threads, in seconds;
+            None if training was resumed.
         commit: commit of the source tree; None in outcomes of earlier versions.
     """
 

@@ -41,14 +41,14 @@ def make_students(
     tokenizer: object,
     corruption: Corruption | None,
 ) -> dict[str, Student]:
-    """Create the students that are pruned from the teacher, and return all students by name.
+    """Create the folders of students that depend on the teacher, and return all students by name.
 
-    A student that exists in the directory of the comparison is not pruned again.
+    A folder that exists is not written again.
 
     Args:
         recipe: the comparison.
         corpus: corpus from which evenly spaced training windows are selected for calibration.
-        teacher: the teacher. Only its identity is used; its weights are loaded again on the CPU.
+        teacher: the teacher. Its weights are loaded again for pruning, on the CPU.
         tokenizer: tokenizer of the teacher.
         corruption: corruption of the windows for a masked teacher; None for a causal teacher.
 
@@ -77,18 +77,18 @@ def make_students(
 def require_students_fit(
     recipe: CompareRecipe, students: Mapping[str, Student], corpus: PackedCorpus, teacher: Any
 ) -> None:
-    """Check without weights that new students can be created, and have the teacher's width.
+    """Check, without weights, that new students can be created and that a cosine loss fits all.
 
-    Only a cosine loss needs equal widths.
+    A cosine loss needs students with the teacher's hidden size.
 
     Args:
         recipe: the comparison.
         students: result of `make_students`.
-        corpus: corpus whose packing determines positions and separator of a new model.
+        corpus: corpus that determines the vocabulary size and the separator of new models.
         teacher: the teacher's model.
 
     Raises:
-        RecipeError: If a student does not fit.
+        RecipeError: If a student cannot be created, or has another hidden size.
     """
     cosine = next((method.title for method in recipe.methods if method.cosine), None)
     for name, student in students.items():

@@ -51,14 +51,14 @@ class TaskSetting:
     Args:
         names: names of all tasks.
         digests: fingerprints of all inputs of a task except the model, by name of the task; tasks
-            without data are missing.
+            without data are left out.
         failed: reasons why tasks have no data, by name of the task.
         folder: folder of the data.
         limit: largest number of samples per task.
         tokenizer: tokenizer of the teacher.
         first_id: id of the token that precedes a text without context.
         work: finished work of the comparison.
-        teacher: identifier of the teacher, used where a student is identified by its run.
+        teacher: identifier of the teacher, for `key`.
     """
 
     names: Sequence[str]
@@ -76,7 +76,7 @@ class TaskSetting:
 
         Args:
             name: name of the task.
-            model: fingerprint of the student's run, or `teacher`.
+            model: fingerprint of the student's run, or the attribute `teacher`.
         """
         return fingerprint([self.digests[name], model])
 

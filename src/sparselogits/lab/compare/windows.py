@@ -2,8 +2,8 @@
 
     python -m sparselogits.lab.compare.windows RESULTS.json WINDOWS.npz
 
-recomputes the metrics of every method and their intervals, and reports those that differ from
-RESULTS.json. WINDOWS.npz is a compressed archive of NumPy arrays:
+The command recomputes the metrics of every method and their intervals, and reports those that
+differ from RESULTS.json. WINDOWS.npz is a compressed archive of NumPy arrays:
 
     runs             int64 [R, 3]: indices of method and student in `names`, and the seed
     names            titles of all methods and names of all students
@@ -97,14 +97,14 @@ def read_windows(path: Path) -> dict[RunKey, WindowSums]:
 
 
 def differences(results: Results, sums: Mapping[RunKey, WindowSums]) -> list[str]:
-    """Recompute all metrics with their intervals from per-window sums.
+    """Compare stored metrics and intervals with those recomputed from per-window sums.
 
     Args:
         results: stored results.
         sums: per-window sums of all runs.
 
     Returns:
-        A line for each metric that differs from the stored one.
+        A line for each metric that differs.
     """
     recipe = results.settings["recipe"]
     found = []

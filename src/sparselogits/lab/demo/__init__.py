@@ -1,4 +1,4 @@
-"""Prune a teacher on a laptop, and train the pruned student by each method."""
+"""Prune a teacher on a laptop, and train the pruned student by several methods."""
 
 from sparselogits.lab.demo.demo import DemoResult, Scale, run_demo
 

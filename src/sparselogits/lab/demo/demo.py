@@ -1,4 +1,4 @@
-"""Prune a teacher, train the pruned student by each method, and show the results.
+"""Prune a teacher, train the pruned student by each method of `METHODS`, and show the results.
 
 The demo is a comparison (lab/compare/comparison.py lists its files), to which these are added:
 
@@ -6,7 +6,8 @@ The demo is a comparison (lab/compare/comparison.py lists its files), to which t
       language-reference.jsonl  text of the demo
       recipe.yaml               recipe of the comparison, which can be edited for `compare`
       student/                  student trained from the cache of systematic rounds
-      demo.json, demo.html      results and samples of generated text, and the page
+      samples.json              samples of generated text
+      demo.json, demo.html      results with the samples, and the page
       window-0.html             page that shows the first window of the cache
 
 An interrupted demo is resumed by the same command; finished work is not repeated.
@@ -65,7 +66,7 @@ PAGE = "demo.html"  # `compare` and `report` write report.html
 WINDOW_PAGE = "window-0.html"
 """File name of the page that shows the cache's first window."""
 HEALED = "systematic 12"
-"""Title of the method whose student is saved to chat with."""
+"""Title of the method whose student is saved as OUT/student, for chatting."""
 
 METHODS: tuple[dict[str, Any], ...] = (
     {"method": "none", "name": "not healed"},
@@ -231,7 +232,7 @@ def talk_command(student: Path) -> str:
 
 
 def _save_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
-    """Write OUT/student, the student of a run in bfloat16 with its tokenizer, and return it."""
+    """Write the student of a run in bfloat16, with tokenizer, to OUT/student; return the folder."""
     folder, origin = out / "student", f"run: {run.folder}\n"
     if (folder / "from.txt").exists() and (folder / "from.txt").read_text() == origin:
         return folder

@@ -1,7 +1,4 @@
-"""Write the text of the demo: the language reference that is part of CPython.
-
-The teacher of the demo is the model named `demo`, see `sparselogits.teacher.demo_model`.
-"""
+"""Write the text of the demo: the language reference that is part of CPython."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Target:
 
     Raises:
         InvalidArgumentError: If the rule would bias an unbiased target, `alpha` is out of range, or
-            `rounds` exceeds the rounds of the sampler.
+            the sampler does not draw at least `rounds` rounds.
     """
 
     name: str
@@ -72,14 +72,14 @@ def standard_targets(
     missing_mass: Sequence[MissingMass] = ("drop",),
     adaptive: Sampler | None = None,
 ) -> list[Target]:
-    """Return Top-K targets per missing-mass rule, unbiased targets of equal budget, and the label.
+    """Return Top-K targets, unbiased targets of equal budget, and the label as a target.
 
     Args:
         pilot: the teacher's logits at positions spread over the text, float [P, V] each. The
             samplers are fitted to the budget on these logits.
         budget: mean entries per position of the unbiased targets.
-        top_k: entries per position of the Top-K targets.
-        missing_mass: rules that are combined with every K.
+        top_k: values of K, the entries per position of a Top-K target.
+        missing_mass: missing-mass rules; there is a Top-K target per K and rule.
         adaptive: sampler that follows a student; added without fitting if given.
     """
     targets = []

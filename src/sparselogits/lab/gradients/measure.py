@@ -140,9 +140,9 @@ def measure_gradients(
 
     Raises:
         InvalidArgumentError: If trunk and head of a student cannot be run separately, a student
-            caps its logits, has fewer ids than the teacher or equals the teacher, a model is causal
-            where the windows need a masked one, or the reverse, or `targets`, `batch_tokens`,
-            `draws` or `against` is invalid.
+            caps its logits, has fewer ids than the teacher or equals the teacher, a batch has no
+            label, a model is causal where the windows need a masked one, or the reverse, or
+            `targets`, `batch_tokens`, `draws` or `against` is invalid.
     """
     length = windows.corpus.packing.window_length
     sizes = _window_counts(batch_tokens, length, len(windows))

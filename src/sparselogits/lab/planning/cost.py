@@ -66,7 +66,11 @@ class StorageCost:
 
     @classmethod
     def ours(cls, vocab: int, entries: float = 12.0) -> StorageCost:
-        """Return the cost with this package's codec, interpolated in log(vocab)."""
+        """Return the cost with this package's codec, from `MEASURED_BITS` by linear interpolation.
+
+        The interpolation is in log(vocab). A smaller vocabulary than the first measured one has the
+        bits of the first; for a larger one than the second, the line is extended.
+        """
         (small, low), (large, high) = MEASURED_BITS
         share = max(0.0, math.log(vocab / small) / math.log(large / small))
         return cls(entries, low + share * (high - low), TEXT_BYTES)

@@ -211,12 +211,12 @@ MemoryOf = Callable[[int, int], Memory]
 
 
 def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:
-    """Return the largest number of windows, as a power of two, that fits; None if one does not."""
+    """Return the largest batch in windows, a power of two, that fits on one device, or None."""
     fitting = [2**power for power in range(16) if memory_of(2**power, 1).fits(capacity)]
     return max(fitting, default=None)
 
 
 def fewest_devices(memory_of: MemoryOf, batch: int, capacity: float) -> int | None:
-    """Return the smallest number of devices, a power of two up to 1 024, on which a batch fits."""
+    """Return the fewest devices, a power of two up to 1 024, on which a batch fits, or None."""
     fitting = (2**power for power in range(11))
     return next((n for n in fitting if memory_of(batch, n).fits(capacity)), None)

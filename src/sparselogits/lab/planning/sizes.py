@@ -21,7 +21,7 @@ def quantity(text: str, what: str) -> float:
         what: name of the quantity, for the error message.
 
     Raises:
-        InvalidArgumentError: If the text has another form.
+        InvalidArgumentError: If the text is not such a number.
 
     Examples:
         >>> quantity("1.5T", "tokens")

@@ -29,7 +29,6 @@ from sparselogits.lab.report.comparison_charts import (
     looks_of_methods,
     series_of,
     students_of,
-    with_methods,
 )
 from sparselogits.lab.report.headline import headline
 from sparselogits.lab.report.page import Cell, Column, Methods, Panel, Table, render_panels
@@ -65,7 +64,8 @@ def write_report(results: Results, folder: Path) -> Path:
         return path
     results = _with_printable_names(results)
     hidden = hidden_at_first(results)
-    shown = with_methods(results, {row.method for row in results.methods} - set(hidden))
+    rows = [row for row in results.methods if row.method not in hidden]
+    shown = results.model_copy(update={"methods": rows})
     for student in students_of(shown):
         for drawing in drawings_of(shown, student):
             draw_png(drawing, folder / "figures" / f"{drawing.key}.png")
@@ -209,12 +209,12 @@ _OF_MASKED = (
 
 
 def _table(rows: Sequence[MethodRow], results: Results) -> Table:
-    """Return the table of a student's methods; columns that were not measured are left out."""
+    """Return the table of a student's methods; drafting and gradients have columns if measured."""
     metrics = _OF_MASKED if isinstance(results.objective, Masked) else _METRICS
     columns = [
         Column("seeds"),
-        Column("entries", main=True, help="stored entries per predicted token"),
-        Column("bytes per token", help="bytes of the targets per token of text, without the text"),
+        Column("entries", main=True, help="entries per predicted token in training"),
+        Column("bytes per token", help="bytes of the cached targets per token of text"),
         *(metric.column for metric in metrics),
     ]
     more: list[tuple[Column, Callable[[MethodRow], Cell]]] = []
@@ -290,7 +290,7 @@ def _notes_on_gradients(rows: Sequence[MethodRow]) -> list[str]:
             "Gradient angle: angle between the gradient of a method's targets and full KD's, over "
             f"all parameters of the student of {measured.student_method}, seed "
             f"{measured.student_seed}; mean over {size.batches} batches of {size.batch_tokens:,} "
-            "held-out tokens, ± half of a t interval over batches."
+            "held-out tokens, ± half the width of a t interval over batches."
         )
     failures = dict.fromkeys(row.gradient_failure for row in rows if row.gradient_failure)
     return said + [f"Gradients not measured: {message}" for message in failures]

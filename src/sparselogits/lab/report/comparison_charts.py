@@ -62,13 +62,6 @@ def hidden_at_first(results: Results) -> list[str]:
     return [method for method, series in names.items() if "," in series]
 
 
-def with_methods(results: Results, methods: Collection[str]) -> Results:
-    """Return the results of the given methods only."""
-    return results.model_copy(
-        update={"methods": [row for row in results.methods if row.method in methods]}
-    )
-
-
 def drawings_of(results: Results, student: str) -> list[Drawing]:
     """Return the charts of a student, without those that have no point."""
     of_student = [r for r in results.methods if r.student == student]

@@ -9,7 +9,9 @@ from sparselogits.objectives import Masked
 
 
 def headline(results: Results, student: str) -> str:
-    """Describe the best method that trains from a cache, compared with CE and full KD.
+    """Compare the method with the lowest loss with CE and full KD, in a few sentences.
+
+    Methods that train without a cache are considered only if no other has a finished run.
 
     Args:
         results: results of the comparison.

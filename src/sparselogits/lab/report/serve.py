@@ -14,7 +14,7 @@ PREFIX = "/window/"
 
 
 class PageServer(HTTPServer):
-    """HTTP server of `page(index)` at http://127.0.0.1:PORT/window/INDEX.
+    """HTTP server that renders `page(INDEX)` at http://127.0.0.1:PORT/window/INDEX.
 
     Requests with another host name are rejected, because a web page whose host name resolves to
     this address could otherwise read the text of the cache.

@@ -66,7 +66,7 @@ class Position:
 
     Args:
         label: id of the token that the position predicts; None if the position has no label.
-        rows: ids in descending order of probability, including the label.
+        rows: displayed ids in descending order of probability, including the label.
         entries: number of cached entries.
         mass: sum of the weights of all cached entries.
         metrics: values by the names in `MEASURES`; None for a value that is undefined.
@@ -135,7 +135,8 @@ class WindowViewer:
         student: language model of the kind and with the ids of the cache; None to show no student.
 
     Raises:
-        InvalidArgumentError: If the dataset mixes several caches.
+        InvalidArgumentError: If the dataset mixes several caches, or the student is causal and the
+            cache that of a masked teacher, or the reverse.
         IdentityMismatchError: If the tokenizer is not the tokenizer of the cache.
     """
 
@@ -277,7 +278,8 @@ class Distribution:
 def targets_entropy(targets: SparseTargets) -> Tensor:
     """Compute the entropy of the normalised weights per position in nats, float32 [P].
 
-    As an estimate of the teacher's entropy it is biased downwards: K entries give at most log K.
+    As an estimate of the teacher's entropy, the result is biased downwards: K entries give at most
+    log K.
     """
     mass = targets.mass().clamp_min(torch.finfo(torch.float32).tiny)
     share = targets.weights / mass[targets.positions]

@@ -45,7 +45,8 @@ def write_tasks(
         SHA-256 of each file as hexadecimal text, by the task's name.
 
     Raises:
-        TaskError: If a name is unknown, there is no corpus, or the text is too short.
+        TaskError: If a name is unknown, a task lacks corpus or tokenizer, the text is too short, or
+            `count` is out of range.
     """
     found = {}
     for name in names:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sparselogits.errors import TaskError
 
 MOST = 3000
-"""Largest number of pairs, slightly below the number of distinct pairs in the grammar."""
+"""Largest number of pairs, for which every phenomenon has enough distinct ones."""
 
 _Words = tuple[tuple[str, str], ...]
 """Pairs of the singular and the plural form of a word."""

@@ -28,7 +28,7 @@ class TaskScore:
         metric: lm-eval's name of the metric (acc, acc_norm, perplexity, ...).
         value: value over all samples.
         stderr: standard error over the samples: standard deviation / sqrt(n) for a mean, by the
-            delta method for a perplexity; None for other metrics.
+            delta method for a perplexity; None for other metrics, or for a single sample.
         samples: number of samples.
         values: value per sample, in the task's order: 0 or 1 for an accuracy, the log-likelihood of
             the word in nats for a perplexity; empty if samples have no single number.

@@ -139,8 +139,8 @@ def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
                 break
     if not rows:
         raise TaskError(
-            "the held-out text has no words of three letters or more; use the task last_word with "
-            "prose, or leave it out"
+            f"none of {len(found)} held-out passages has a word of three letters or more in its "
+            "second half; use the task last_word with prose, or leave it out"
         )
     return rows
 
