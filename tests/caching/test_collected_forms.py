@@ -247,9 +247,10 @@ def test_lists_of_probabilities_are_read(tmp_path, tokenizer):
     for number, tokens in enumerate(sequences(2)):
         same_targets(cache.read(number).targets, teachers_targets(tokens, K))
     rows[1]["exp_logits"][3] = [7.5] * K
-    with pytest.raises(
-        InvalidTargetsError, match=r"line 2: the exp_logits of position 3 sum to 90;"
-    ):
+    with pytest.raises(InvalidTargetsError, match="line 2: the exp_logits of position 3 sum to 90"):
+        imported(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "d", tokenizer)
+    rows[1]["exp_logits"][3] = [-0.5, *[0.1] * (K - 1)]
+    with pytest.raises(InvalidTargetsError, match=r"smallest is -0\.5; expected numbers from 0"):
         imported(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "d", tokenizer)
 
 

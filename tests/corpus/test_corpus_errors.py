@@ -155,6 +155,8 @@ def test_an_output_folder_in_use(tokenizer, tmp_path):
         (lambda out: flip(out / "training/part-00000000.parquet"), "part-00000000.parquet is dam"),
         (lambda out: (out / "training/part-00000000.parquet").unlink(), "parquet is damaged"),
         (lambda out: (out / "training/part-00000000.parquet").write_bytes(b""), "is damaged"),
+        (lambda out: (out / "training/part-00000000.parquet").write_bytes(bytes(99)), "b'PAR1'"),
+        (lambda out: write_numbers(out / "training"), "are int32 and int32, expected int32 and bo"),
         (lambda out: flip(out / "frequencies.parquet"), "frequencies.parquet is damaged"),
     ],
 )
@@ -167,6 +169,14 @@ def test_damage_on_disk(tokenizer, tmp_path, damage, message):
         corpus = PackedCorpus.open(tmp_path / "out")
         corpus.read(0, corpus.windows)
         corpus.token_frequencies.sum()
+
+
+def write_numbers(folder: Path) -> None:
+    """Replace a part by one whose document starts are numbers."""
+    table = pa.table({name: pa.array([1], pa.int32()) for name in ("token", "document_start")})
+    pq.write_table(
+        table, folder / "part-00000000.parquet", store_schema=False, use_dictionary=False
+    )
 
 
 def flip(path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, fingerprint, open_source, pack, packing_for
 from sparselogits.corpus.formats import tokens as token_formats
+from sparselogits.corpus.windows import PackingKind
 from sparselogits.errors import CorpusError, IdentityMismatchError, InvalidArgumentError
 
 VOCAB, LENGTH, END = 300, 8, 0
@@ -40,13 +41,14 @@ def packed(tokenizer, tmp_path) -> Callable[..., PackedCorpus]:
         window: int = LENGTH,
         reset: bool = False,
         holdout: float = 0.0,
+        kind: PackingKind = "joined",
         part_bytes: int = 1 << 20,
         **options: Any,
     ) -> PackedCorpus:
         given = data if not isinstance(data, Path) else str(data)
         source = open_source(given, tokenized_by=tokenizer, **options)
         packing = packing_for(
-            tokenizer, window_length=window, reset_attention=reset, holdout=holdout
+            tokenizer, window_length=window, reset_attention=reset, holdout=holdout, kind=kind
         )
         folder = tmp_path / f"packed-{next(numbers)}"
         return pack(source, tokenizer, packing, folder, vocab_size=VOCAB, part_bytes=part_bytes)
@@ -241,7 +243,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "documents that differ": (
         {"input_ids": [1, 2, 3], "position_ids": [0, 1, 0], "seq_lengths": [1, 2]},
-        r"other documents by position_ids \(2\) than by seq_lengths \(2\)",
+        r"document at position 1 according to only one of position_ids and seq_lengths",
     ),
 }
 
@@ -409,6 +411,14 @@ def test_token_shards_begin_documents_at_separators(magic, packed, tmp_path):
     assert packed(folder, split="validation").windows == 5
 
 
+def test_a_separator_at_the_beginning_of_a_window_is_no_second_document(packed, tmp_path):
+    path = write_shard(tmp_path / "a.bin", [END, 1, 2, 3, 4, 5, 6, 7] * 2)
+    assert packed(path, kind="documents").windows == 2
+    write_shard(path, [END, 1, 2, 3, END, 4, 5, 6])
+    with pytest.raises(CorpusError, match="window 0 contains 2 documents, but each window was"):
+        packed(path, kind="documents")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -416,7 +426,7 @@ def test_token_shards_begin_documents_at_separators(magic, packed, tmp_path):
         (lambda p: write_shard(p, [1] * 20, claimed=2**31 - 1), r"claims 2,147,483,647 ids"),
         (lambda p: write_shard(p, [1] * 20, claimed=-1), r"claims -1 ids"),
         (lambda p: write_shard(p, [1] * 20, magic=7), r"begins with 7, so it is not a token shard"),
-        (lambda p: p.write_bytes(b"\1\2"), r"begins with None"),
+        (lambda p: p.write_bytes(b"\1\2"), r"begins with b'\\x01\\x02', so it is not"),
         (lambda p: p.write_bytes(p.read_bytes()[:-3]), r"is incomplete"),
         (lambda p: write_shard(p, [VOCAB] * 8), r"a\.bin, window 0 contains the token id 300"),
         (lambda p: write_shard(p, [1] * 7), r"no file of token ids fills a window"),

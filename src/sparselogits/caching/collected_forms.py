@@ -3,12 +3,12 @@
 - DistillKit: `compressed_logprobs` and `bytepacked_indices`, with settings in the file
   `compression_config.yaml` next to the data (`DistillKitPacking`).
 - Published Top-K lists: `exp_logits` and `index`, read as probabilities. A sum above 1 is rejected.
-- MaxText: `top_k_logits` and `top_k_indices`. These are rejected, because the normaliser is not
-  stored. If "unnormalised-logits" is allowed, the logits are normalised over the K listed tokens.
+- MaxText: `top_k_logits` and `top_k_indices`, rejected because the normaliser is not stored. If
+  "unnormalised-logits" is allowed, the logits are normalised over the K listed tokens.
 
-Probabilities are not renormalised, so the missing mass of a list is known and the loss can assign
-it to the ghost token. DistillKit's old layout (`packed_indices`) is rejected: it stores neither its
-settings nor whether its values are normalised.
+Other probabilities with a sum below 1 are not renormalised, so the missing mass of a list is known
+and the loss can assign it to the ghost token. DistillKit's old layout (`packed_indices`) stores
+neither its settings nor whether its values are normalised, and is rejected.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SETTINGS = "compression_config.yaml"
 """Name of the file with DistillKit's settings, in the folder of its Parquet files."""
 
 LOSSY_MASS = 1.05
-"""Largest valid sum of a position's packed probabilities; sums above 1 are scaled to 1."""
+"""Largest valid sum of a position's packed probabilities; valid sums above 1 are scaled to 1."""
 
 _Float = Literal["float16", "bfloat16", "float32", "float64"]
 _Size = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -198,6 +198,8 @@ def plain_row(
 ) -> Mapping[str, Any]:
     """Convert a row to lists of ids and logprobs; return a row of any other format unchanged.
 
+    `packing` contains DistillKit's settings; None if there are none.
+
     Raises:
         InvalidTargetsError: the row is invalid; the message contains the file and the row.
     """
@@ -255,8 +257,8 @@ def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, A
         if not (numbers >= 0).all() or numbers.sum() > 1 + MASS_TOLERANCE:
             fail(
                 where,
-                f"the exp_logits of position {position} sum to {numbers.sum():.4g}; expected "
-                "probabilities with a sum of at most 1",
+                f"the exp_logits of position {position} sum to {numbers.sum():.4g}, the smallest "
+                f"is {numbers.min():.4g}; expected numbers from 0 with a sum of at most 1",
                 "Divide them by the sum over the whole vocabulary",
             )
         with np.errstate(divide="ignore"):
@@ -298,7 +300,8 @@ def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
 def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
     """Read DistillKit's settings from the file `named`; if it is None, from the folder of the data.
 
-    The result is None if the folder has no such file. Raises CorpusError for an invalid setting.
+    The result is None if the folder has no such file. Raises RecipeError or CorpusError if the
+    settings are invalid.
     """
     path = named or folder / SETTINGS
     return DistillKitPacking.read(path) if named or path.is_file() else None

@@ -168,7 +168,7 @@ class PartWriter:
         `learnt` states whether each token, or every token, carries a target.
 
         Raises:
-            CorpusError: an id lies outside the vocabulary.
+            CorpusError: an id is not smaller than the vocabulary size.
         """
         if not len(ids):
             return
@@ -296,7 +296,8 @@ class TokenStream:
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             tokens = Tokens(columns["token"], columns["document_start"], columns.get("learnt"))
             if tokens.ids.dtype != np.int32 or tokens.starts.dtype != np.bool_:
-                raise PartError(f"its tokens are {tokens.ids.dtype}, expected int32")
+                found = f"{tokens.ids.dtype} and {tokens.starts.dtype}"
+                raise PartError(f"its columns are {found}, expected int32 and bool")
         except (
             OSError,
             pa.ArrowException,
@@ -348,7 +349,10 @@ def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
         footer, magic = _CLOSING.unpack(closing)
         allowed = (1 << 16) + (1 << 12) * groups + extra
         if magic != b"PAR1" or footer > min(size, allowed):
-            raise PartError(f"its footer claims {footer:,} bytes, expected at most {allowed:,}")
+            raise PartError(
+                f"its footer claims {footer:,} bytes and ends with {magic!r}, expected at most "
+                f"{allowed:,} and b'PAR1'"
+            )
         tail = os.pread(descriptor, footer, size - footer - _CLOSING.size)
         if b"ARROW:" in tail:
             raise PartError("its footer contains an Arrow schema, expected none")

@@ -102,7 +102,8 @@ def token_piece(
         closes: whether the piece ends with the row's last token.
 
     Raises:
-        CorpusError: an id lies outside the vocabulary, or the row is longer than a window.
+        CorpusError: an id lies outside the vocabulary, the row is longer than a window, or it has
+            several documents although each window is to have one.
     """
     packing, count = reading.settled, len(ids)
     least, largest = int(ids.min()), int(ids.max())
@@ -156,7 +157,8 @@ def record_row(
     """Return a record's row of token ids as a piece; None if the row has no tokens.
 
     Raises:
-        CorpusError: a column is missing, has another length, or contradicts another column.
+        CorpusError: a column is missing or invalid, or contradicts another column; or the errors of
+            `token_piece`.
     """
     found = {name: values[name] for name in COLUMNS if values.get(name) is not None}
     if IDS not in found:
@@ -285,10 +287,11 @@ def _starts(
         marks["seq_lengths"] = ends[ends < count]
     for (first, starts), (second, others) in pairwise(marks.items()):
         if not np.array_equal(starts, others):
+            at = np.setxor1d(starts, others)[0]
             _reject(
                 where,
-                f"has other documents by {first} ({len(starts) + 1}) than by {second} "
-                f"({len(others) + 1}); remove the column that the trainer does not read",
+                f"begins a document at position {at} according to only one of {first} and "
+                f"{second}; remove the column that the trainer does not read",
             )
     return next(iter(marks.values()), None)
 

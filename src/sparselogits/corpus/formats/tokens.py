@@ -1,8 +1,8 @@
 """Read the binary files of token ids of several trainers.
 
-- `.ds` of datatrove, for nanotron: ids in uint16 or uint32. Next to it are `.ds.metadata` (its
-  first line is `NAME|BYTES` with the bytes per id), `.ds.index` (uint64 ends of documents) and
-  `.ds.loss` (one byte per id, 0 for an id that carries no target).
+- `.ds` of datatrove, for nanotron: ids in uint16 or uint32. The folder may also contain
+  `.ds.metadata` (its first line is `NAME|BYTES` with the bytes per id), `.ds.index` (uint64 ends of
+  documents) and `.ds.loss` (one byte per id, 0 for an id that carries no target).
 - `.bin` of llm.c and modded-nanogpt: 256 int32, then ids. The first int32 is 20240520 for uint16
   or 20240801 for uint32, the second a version, the third the number of ids.
 - `.idx` of Megatron-LM: magic, version 1, type of the ids, numbers of sequences and of documents;
@@ -117,7 +117,7 @@ class _Stream(TokenFormat):
                 )
 
     def _starts(self, ids: _Array, reading: TokenReading) -> _Array | None:
-        """Return the positions at which documents begin in a window of a file without `ends`."""
+        """Return the positions after 0 at which documents begin, for a file without `ends`."""
         return None
 
 
@@ -178,7 +178,8 @@ class TokenShard(_Stream):
             if file.path.with_suffix(".idx").exists():
                 advice = f"it belongs to {file.path.with_suffix('.idx').name}, so give that file"
             raise CorpusError(
-                f"{file.name} begins with {magic}, so it is not a token shard; {advice}"
+                f"{file.name} begins with {magic if whole else header[:4]!r}, so it is not a token "
+                f"shard; {advice}"
             )
         kind = _SHARD_KINDS[magic]
         expected = _HEADER.size + count * np.dtype(kind).itemsize
@@ -190,7 +191,7 @@ class TokenShard(_Stream):
         return _Layout(kind, _HEADER.size, count)
 
     def _starts(self, ids: _Array, reading: TokenReading) -> _Array:
-        return np.flatnonzero(ids == reading.settled.separator_id)
+        return np.flatnonzero(ids[1:] == reading.settled.separator_id) + 1
 
 
 class Megatron(TokenFormat):
@@ -210,7 +211,7 @@ class Megatron(TokenFormat):
         return path, ids
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into spans of sequences after validating the position of every sequence."""
+        """Divide a file into spans of sequences, and validate the position of every sequence."""
         index, ids = self.files(file.path)
         kind, count = self._open_index(file)
         width, size = np.dtype(kind).itemsize, ids.stat().st_size
