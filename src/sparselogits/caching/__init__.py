@@ -1,4 +1,4 @@
-"""Build caches: run windows of a corpus through a teacher, sample targets, and store them."""
+"""Build caches from a teacher, import them from collected logprobs, and retokenize them."""
 
 from sparselogits.caching.builder import (
     BuildReport,

@@ -1,7 +1,6 @@
 """Build one or more caches from a packed corpus, with one forward pass of the teacher for all.
 
-An interrupted build resumes with the first missing shard, because an existing shard is always
-complete.
+A resumed build computes only the missing shards, because an existing shard is always complete.
 """
 
 from __future__ import annotations
@@ -103,14 +102,17 @@ def build_caches(
         corruption: corruption of the windows for a teacher that is a masked language model; None
             for a causal teacher.
         share: share of the ranges that this process builds, if several processes divide them.
-        progress: called after each batch with the numbers of windows done and in total.
+        progress: called at the start and after each batch with the numbers of windows done and in
+            total.
 
     Raises:
         IdentityMismatchError: an existing cache has other settings, or was built from other text.
         TeacherError: the teacher's loss on the text is worse than that of uniform guessing, or its
-            logits overflow.
+            logits are not finite.
         InvalidArgumentError: a budget cannot be met, the range of windows is invalid, or the kind
             of the teacher (masked or causal) does not match `corruption`.
+        CacheError: an existing shard overlaps a range without being equal to it.
+        CorpusError: the corpus is damaged.
         StorageError: a cache cannot be reached or written.
     """
     ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
@@ -194,7 +196,7 @@ def begin_job(
     first_window: int = 0,
     corruption: Corruption | None = None,
 ) -> Job:
-    """Create a build: fit the samplers' parameters, and create or open the caches.
+    """Fit the samplers' parameters, create or open the caches, and return the job of the build.
 
     See `build_caches` for arguments and errors.
     """
@@ -278,7 +280,7 @@ def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:
 
 
 def _codec(request: CacheRequest, sampler: Sampler, existing: Identity | None) -> dict[str, Any]:
-    """Return the codec; `exact_weights` is that of the existing cache if the request has none."""
+    """Return the codec; `exact_weights=None` selects the existing cache's, if there is one."""
     exact = request.exact_weights
     if exact is None:
         exact = existing is not None and "rounding" not in existing.codec

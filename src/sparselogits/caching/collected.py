@@ -107,15 +107,16 @@ def import_collected(
             `compression_config.yaml` next to the data.
         allow: names of `ALLOWANCES`. With "unnormalised-logits", logits are normalised over the K
             listed tokens.
-        progress: called with the number of windows done.
+        progress: called after each window with the number of windows done.
 
     Raises:
         InvalidTargetsError: a row is invalid; the message contains the file and the row.
         CorpusError: the data cannot be read, or have too few tokens for a window.
+        RecipeError: the file with DistillKit's settings cannot be read as YAML.
         CacheError: `out` is a URL.
         StorageError: `out` cannot be written.
         InvalidArgumentError: `out` is not empty, a size is out of range, or the vocabulary is
-            smaller than the tokenizer's.
+            smaller than the tokenizer's; or, without `window`, rows differ in length.
     """
     if windows_per_shard < 1:
         raise InvalidArgumentError(
@@ -205,7 +206,7 @@ class _WindowCutter:
         """Yield the windows that the rows fill.
 
         Raises:
-            InvalidArgumentError: a row is not a window, although `whole_rows` was set.
+            InvalidArgumentError: a row has another length than a window, with `whole_rows`.
         """
         waiting: list[Collected] = []
         for sequence, where in sequences:

@@ -31,7 +31,7 @@ PROMPT = "prompt_logprobs"
 """Name of the column of ids and logprobs in vLLM's format."""
 
 MASS_TOLERANCE = 1e-3
-"""Largest allowed excess over 1 of a sum of probabilities that are rounded to half precision."""
+"""Amount by which a position's probabilities, rounded to half precision, may sum to more than 1."""
 
 _IGNORED = ("window_index",)  # a column of `export --format topk`
 _EXPECTED = f"one of {', '.join(TOKENS)}, and " + " or ".join(
@@ -87,9 +87,9 @@ class Collected:
 def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
     """Return the number K of entries per position with which a row was collected.
 
-    This is the length of the longest list. For `prompt_logprobs` it is the length of the shortest
-    list, because vLLM adds the actual token to the K likeliest if it is not one of them. If that
-    happens at every position of a row, the result is too large by one.
+    K is the length of the longest list; for `prompt_logprobs`, the length of the shortest non-empty
+    one, because vLLM adds the actual token to the K likeliest if these lack the token. If they lack
+    it at every position of a row, the result is too large by one.
 
     Raises:
         InvalidTargetsError: the row has another format, or no position has logprobs.

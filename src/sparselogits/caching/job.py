@@ -134,7 +134,7 @@ class Job:
 
 
 def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
-    """Return the settings that change the low-order bits of results, as JSON values."""
+    """Return the values that change the low-order bits of results, for the shards' provenance."""
     device = getattr(engine, "device", torch.device("cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     ranks = getattr(engine, "ranks", 1)  # sums over ranks have other rounding errors

@@ -28,7 +28,7 @@ PILOT_POSITIONS = 1024
 """Number of pilot positions; the mean entries estimated from them are accurate to 2 or 3 %."""
 
 CHECKED_POSITIONS = 32
-"""Number of positions that suffice to measure the teacher's loss."""
+"""Number of labelled positions that suffice to measure the teacher's loss."""
 
 NATS_WORSE_THAN_UNIFORM = 1.0
 """Excess over the loss of a uniform distribution, in nats, above which a teacher is rejected."""
@@ -67,16 +67,16 @@ def resolve_budget(
 
 
 def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:
-    """Return the mean loss of the teacher on the first pilot windows, in nats.
+    """Validate the teacher on the first pilot windows, and return its mean loss in nats.
 
-    One window suffices, unless it is padded and has few positions with a target. `how` contains the
+    Windows are run until `CHECKED_POSITIONS` of their positions have a label. `how` contains the
     build's `reset_attention` and `corruption`.
 
     Raises:
         TeacherError: the loss is worse than that of uniform guessing, for example because the
             tokenizer belongs to another model, or logits are not finite.
-        InvalidArgumentError: the window is longer than the teacher supports, or the teacher reads
-            the padding of windows.
+        InvalidArgumentError: the window is longer than the teacher supports, or a masked teacher
+            ignores the attention mask of padded windows.
     """
     check_window = getattr(engine, "check_window", None)
     if check_window is not None:
@@ -128,8 +128,8 @@ def _require_finite(engine: Engine, logits: Tensor, positions: Tensor, length: i
         why = ": activations overflow in float16, whose largest number is 65 504. Use --dtype "
         why += "bfloat16 or float32"
     raise TeacherError(
-        f"the teacher's logits are NaN or infinite from position {position} of a window of "
-        f"{length} tokens on{why}"
+        f"the teacher's logits are NaN or infinite, first at position {position} of a window of "
+        f"{length} tokens{why}"
     )
 
 
@@ -141,7 +141,10 @@ def _slices(
     reset_attention: bool,
     corruption: Corruption | None = None,
 ) -> Iterator[PilotSlice]:
-    """Yield the teacher's logits at all positions, or at those that a masked model predicts."""
+    """Yield the teacher's logits, divided by the temperature, for one slice of positions at a time.
+
+    Positions are those that a masked model predicts, or all positions for a causal model.
+    """
     given = TeacherInput.of(window, corruption)
     text = given.inputs[: given.length]
     starts = [window.document_starts] if reset_attention else None

@@ -1,7 +1,7 @@
 """Divide a build into ranges of windows, one range per shard.
 
-The ranges depend only on the corpus and the identity, so any number of workers can divide them
-without communication.
+The ranges depend only on numbers of windows that all workers know, so any number of workers can
+divide them without communication.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def shard_ranges(
         first_window: index of the corpus's first window in the cache; above 0 for appended text.
 
     Raises:
-        InvalidArgumentError: `only` is not in the corpus, or does not end at shard boundaries.
+        InvalidArgumentError: `only` is not in the corpus, or does not start and end at shard
+            boundaries; or the corpus has no windows.
 
     Examples:
         >>> shard_ranges(20, 8)

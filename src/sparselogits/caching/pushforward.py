@@ -97,8 +97,8 @@ class Retokenizer:
         student: tokenizer of the student.
         special: image of each special token of the teacher: an id of the student, or the bytes that
             it is spelled with (b"" for a token that is left out).
-        bos_id: id that is inserted before each document; None if documents begin with it already,
-            or the student has no such token.
+        bos_id: id of the beginning-of-text token that is inserted before each document; None if
+            documents begin with one already, or the student has none.
         followed: largest number of tokens of the text through which a round is continued; 0 maps
             every drawn token without what follows it.
         elsewhere: target of positions without a shared boundary: "text" for the token of the text
@@ -227,7 +227,10 @@ class Retokenizer:
         return found, np.array(ends, np.int64)
 
     def _parts(self, stretches: Sequence[_Stretch], last: int) -> Iterable[_Part]:
-        """Yield the student's tokens of each stretch; invalid UTF-8 becomes byte tokens."""
+        """Yield the student's tokens of each stretch.
+
+        Invalid UTF-8 becomes byte tokens, but is omitted at the edges of the window.
+        """
         pieces = [_texts(own.data) for own in stretches]
         texts = [
             (text, own.begins and at == 0)
@@ -262,7 +265,10 @@ class Retokenizer:
                     opens = False
 
     def _complete(self, stops: _Ints, breaks: _Bools, ragged: bool) -> int:
-        """Return the number of tokens without the last word, which the window may cut."""
+        """Return the number of tokens to use; if `ragged`, the window may cut the last word.
+
+        Then the last word is omitted, unless it has more than `_RAGGED` bytes.
+        """
         found = np.flatnonzero(breaks)
         if not ragged or not len(found) or found[-1] == 0:
             return len(stops)
@@ -379,7 +385,10 @@ class Retokenizer:
             entries = draws.continued(at, count, weight, float(uniforms[level]))
 
     def _continued(self, prefix: bytes, token: int, begins: bool, *, spaced: bool = False) -> int:
-        """Return the first student token of the text bytes `prefix` followed by a drawn token."""
+        """Return the first student token of the text bytes `prefix` followed by a drawn token.
+
+        The result is negative if there is none.
+        """
         image = self.special.get(token)
         if token in self.teacher.special and not isinstance(image, bytes):
             if prefix:  # the text ends before the special token
@@ -422,7 +431,7 @@ class _Sum:
         self.weights: dict[int, float] = {}
 
     def add(self, image: int, count: int, weight: float) -> None:
-        """Add an entry to the student token `image`, or to the label's if `image` is negative."""
+        """Add an entry to the student token `image`, or to the label if `image` is negative."""
         image = self.label if image < 0 else image
         self.counts[image] = self.counts.get(image, 0) + count
         self.weights[image] = self.weights.get(image, 0.0) + weight
@@ -436,7 +445,7 @@ class _Draws:
         ids: ids of all entries.
         counts: counts of all entries; 0 if the sampler does not draw in rounds.
         weights: weights of all entries.
-        offsets: first entry of each position.
+        offsets: index of each position's first entry, followed by the number of entries.
         rounds: number of rounds per position, or 0.
         equal: whether all rounds have the same weight.
     """
@@ -476,8 +485,9 @@ class _Draws:
     def continued(self, position: int, count: int, weight: float, uniform: float) -> list[_Entry]:
         """Return the entries of a position that continue the rounds of an earlier token.
 
-        Of N rounds, `count` are kept, evenly spaced from a random start. Each round is kept with
+        Of all rounds, `count` are used, evenly spaced from a random start. Each round is used with
         the same probability, so the expectation of the entries is the product of the expectations.
+        If the sampler draws no rounds, weights are multiplied.
 
         Args:
             position: position whose entries continue the token.
@@ -524,13 +534,13 @@ def _texts(data: bytes) -> list[tuple[int, str, bytes]]:
 
 
 def _learnt(ends: _Ints, starts: _Ints, stops: _Ints, learnt: _Bools) -> _Bools:
-    """Return whether the teacher trains on all its tokens that overlap each student token.
+    """Return whether all teacher tokens that overlap each student token are in the loss mask.
 
     Args:
-        ends: int64 [L], byte after each teacher token.
-        starts: int64 [n], first byte of each student token.
-        stops: int64 [n], byte after each student token.
-        learnt: bool [L], whether the teacher's cache trains on each token.
+        ends: int64 [L], index of the byte after each teacher token.
+        starts: int64 [n], index of the first byte of each student token.
+        stops: int64 [n], index of the byte after each student token.
+        learnt: bool [L], whether each teacher token is in the loss mask of the teacher's cache.
     """
     unlearnt = np.concatenate([[0], np.cumsum(~learnt)])
     first = np.minimum(np.searchsorted(ends, starts, side="right"), len(ends) - 1)

@@ -71,8 +71,7 @@ def fetch_texts(cache: Location, work: Path | None = None) -> Path:
 def publish_text(cache: Location, folder: Path) -> None:
     """Upload a packed text to its cache; do nothing if the cache is not a URL.
 
-    Only the files of a packed text are uploaded, links are not followed, and `corpus.json` is
-    uploaded without local paths.
+    Only the files of a packed text are uploaded, `corpus.json` without local paths.
 
     Args:
         cache: folder or URL of the cache.
@@ -175,7 +174,7 @@ def _has_content(storage: Storage, name: str, data: bytes) -> bool:
 
 
 def _remote_files(storage: Storage, text: str) -> list[str]:
-    """Return the objects of an uploaded text, the index last; none if the text is incomplete."""
+    """Return the names of an uploaded text's objects, index.json last; [] if that is missing."""
     files = storage.names(text)
     if "index.json" not in files:
         return []

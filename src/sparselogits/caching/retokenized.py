@@ -110,7 +110,8 @@ def retokenize(
         cache_tokenizer: tokenizer of the cache, or its name; None for the one in its folder.
         window: number of the student's tokens per window. Longer windows are cut, shorter ones
             padded. None for the length in `out` if it is continued, otherwise the longest of 256
-            windows; 1.25 times their mean if that is less and windows join documents.
+            windows, or 1.25 times their mean if that is less and windows join documents; rounded up
+            to a multiple of 8.
         special: special tokens of the student by those of the teacher, in addition to tokens of
             equal text or role. An empty string spells the token as text.
         followed: largest number of following tokens of the text whose draws continue the rounds
@@ -121,11 +122,13 @@ def retokenize(
         progress: called with the numbers of windows done and in total.
 
     Raises:
-        InvalidArgumentError: the tokens of a tokenizer do not determine the bytes of a text, or a
-            special token of the text has no counterpart.
+        InvalidArgumentError: the tokens of a tokenizer do not determine the bytes of a text, a
+            special token of the text has no counterpart, an option is invalid, or the cache lacks
+            its tokenizer and `cache_tokenizer` is None.
         IdentityMismatchError: `cache_tokenizer` is not the tokenizer of the cache, or `out`
             contains a cache with other settings.
-        CacheError: there is no cache, or it is of a masked language model.
+        CacheError: there is no cache, the cache is empty or of a masked language model, or `out`
+            contains other files.
         CacheCorruptionError: a shard is damaged.
         StorageError: `out` cannot be written.
 

@@ -30,7 +30,7 @@ from sparselogits.store.ranges import Range
 from sparselogits.store.storage.location import Location, is_url
 
 _ALLOWED = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|.*\.(tmp|partial)")
-"""Names that a folder may contain before a cache is created in it."""
+"""Pattern of the names that a folder may contain before a cache is created in it."""
 
 
 class TextPlace(NamedTuple):
@@ -123,9 +123,9 @@ def _begun_with(folder: Path) -> str | None:
 
 
 def windows_of_texts(cache: Path) -> int | None:
-    """Return the total number of windows in a cache's packed texts; None if a text is missing.
+    """Return the total number of windows in a cache's packed texts; None if one cannot be opened.
 
-    Caches that were merged or downloaded have no packed texts.
+    Caches that were merged or downloaded may lack their packed texts.
     """
     try:
         return sum(PackedCorpus.open(folder).windows for folder in _folders(cache))
@@ -134,7 +134,7 @@ def windows_of_texts(cache: Path) -> int | None:
 
 
 def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
-    """Return a function that maps a range of windows to the fingerprint of its packed text.
+    """Return a function that computes the fingerprint of a range of windows from the packed texts.
 
     The function returns None for windows whose text is missing (see `windows_of_texts`), and for
     ranges that contain windows of two texts.
@@ -153,7 +153,10 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
 
 
 def opened_texts(cache: Path) -> list[tuple[PackedCorpus, int]]:
-    """Return a cache's packed texts up to the first missing one, and the first window of each."""
+    """Return a cache's packed texts, each with the index of its first window in the cache.
+
+    Texts after one that cannot be opened are omitted.
+    """
     texts: list[tuple[PackedCorpus, int]] = []
     with suppress(CorpusError):  # window indices after a text that cannot be opened are unknown
         first = 0

@@ -1,7 +1,7 @@
 """Compute the records of a range of windows by running the teacher and sampling targets.
 
-The result depends only on the windows, the teacher and the samplers: batches start at the first
-window of the range and do not extend beyond its end, and uniforms are keyed by window.
+The result does not depend on the worker or on other ranges: batches start at the first window of
+the range and do not extend beyond its end, and uniforms are keyed by seed and window.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pack text, JSON lines, Parquet and Hugging Face datasets into fixed windows of tokens."""
+"""Pack text, records, Hugging Face datasets and token ids into windows of a fixed length."""
 
 from sparselogits.corpus.formats import Format, LineFormat
 from sparselogits.corpus.packed import CorpusSummary, PackedCorpus

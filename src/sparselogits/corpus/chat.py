@@ -100,8 +100,8 @@ class ChatTemplate:
         """Render a conversation to text; `masked` requests the loss mask of the assistant's text.
 
         Raises:
-            CorpusError: the template raises an error or exceeds its limits, or the assistant's text
-                cannot be located in the output.
+            CorpusError: the template raises an error or exceeds its limits, a value cannot be
+                written as JSON, or the assistant's text cannot be located in the output.
         """
         answer = _ask(asdict(self), {**asdict(conversation), "masked": masked})
         if "error" in answer:

@@ -54,11 +54,11 @@ class Conversation:
 
 
 def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversation:
-    """Return the conversation in fields of a record: one of `MESSAGES`, or prompt and completion.
+    """Return the conversation in fields of a record: one field, or `prompt` and `completion`.
 
     Raises:
         CorpusError: a message has no role or content, or a value has the wrong type; the error
-            states the index of the message.
+            states the number of the message, from 1.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]

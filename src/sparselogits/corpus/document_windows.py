@@ -1,4 +1,4 @@
-"""Form windows of one document each, padded at the end, as BERT was trained."""
+"""Form windows of one document each, padded at the end, for the packing kind "documents"."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ resumed days later by a program that creates its records again. So given records
 as JSON lines with only the fields that contain text, to a file named by the hash of its content.
 Equal records are therefore the same source, whatever the type of the object that holds them.
 
-This costs one pass over the records and disk space for their text. For a dataset that exists
+Writing costs one pass over the records and disk space for their text. For a dataset that exists
 unchanged on disk or on the hub, give its name instead: its files are then read directly.
 """
 

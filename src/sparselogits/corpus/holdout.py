@@ -7,7 +7,8 @@ rules:
 - *documents*: hold out whole documents, in the order of their keys (a salted hash of the content),
   until they fill the requested windows. The rest of the last document is dropped.
 - *windows*: if the documents are too few or too long for that, hold out the last windows of the
-  text, after a gap of one window. The document that contains the gap may have tokens on both sides.
+  text, after a gap of one window (no gap in texts of fewer than ten windows). One document may have
+  tokens on both sides.
 
 No token is written twice: training and held-out tokens are selections of the stream. The tables in
 `holdout/` contain the length of each document.
@@ -244,8 +245,7 @@ def divide(
     The other arguments are those of `choose_split`.
 
     Raises:
-        ValueError: the split does not belong to the stream.
-        CorpusError: a table is damaged.
+        ValueError: the split has another number of parts than the stream.
     """
     if split.rule == "documents":
         if len(split.held) != len(lengths):

@@ -42,7 +42,7 @@ class DocumentLabels:
 
     Args:
         corpus: the packed corpus.
-        data: text from which it was packed, as for `open_source`.
+        data: text from which the corpus was packed, as for `open_source`.
         field: name of the field with the label, see `Fields.label`.
         tokenizer: tokenizer with which the text was packed.
         split: split of a dataset.
@@ -90,7 +90,7 @@ class DocumentLabels:
         self._read: dict[int, tuple[list[str | None], NDArray[np.int64]]] = {}
 
     def of_window(self, index: int) -> list[LabelledRun]:
-        """Return the documents of a training window, in order.
+        """Return the documents of a training window as runs of tokens, in order.
 
         Raises:
             CorpusError: the text cannot be read, a label is invalid, or the corpus is damaged.

@@ -78,7 +78,7 @@ def locate(data: str, split: str) -> Located:
         split: split to read, if the dataset has several.
 
     Raises:
-        CorpusError: no file is found, or none can be read as text.
+        CorpusError: no file is found, none can be read as text, or the split does not exist.
     """
     path = Path(data).expanduser()
     base, _, configuration = data.rpartition(":")

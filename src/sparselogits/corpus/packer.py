@@ -92,6 +92,8 @@ def pack(
             outside the vocabulary; or the folder contains other files.
         IdentityMismatchError: `out` was packed from other text or with other settings (the message
             lists them), or the source's token ids were computed with another tokenizer.
+        InvalidArgumentError: `processes` or `part_bytes` is less than 1, or joined rows of ids are
+            to be packed with one document per window.
         StorageError: the folder cannot be written; finished parts remain.
 
     Example:

@@ -3,7 +3,7 @@
 A document may be larger than memory, so it is tokenised in pieces. A cut changes the tokens near it
 (a split word, a space that belonged to the next word), and some tokenizers add a space before every
 text. Therefore a piece is tokenised with margins: up to `MARGIN_BYTES` of the document before and
-after the piece (together up to 1.6 % of the document). Only the tokens that *start* between the
+after the piece (together up to 1.6 % of `PIECE_BYTES`). Only the tokens that *start* between the
 margins are used. Both neighbours of a cut are tokenised with the same text around the cut, so
 exactly one of them uses each token there.
 
@@ -100,7 +100,7 @@ def blank_piece(size: int) -> Piece:
 
 
 def document_key(head: bytes) -> int:
-    """Return the hash in [0, 2^64) of a document's first `HEAD_BYTES` bytes in UTF-8.
+    """Return the hash in [0, 2^64) of a document's first `HEAD_BYTES` bytes (UTF-8, or int32 ids).
 
     The hash determines whether the document is held out, so copies of a document are on one side.
     """
@@ -110,7 +110,7 @@ def document_key(head: bytes) -> int:
 def cut_pieces(
     read: Read, start: int, stop: int, *, document: tuple[int, int], key: int, name: str
 ) -> Iterator[Piece]:
-    """Yield the pieces of a document's bytes [start, stop), whose ends are from `next_cut`.
+    """Yield the pieces of a document's bytes [start, stop); `next_cut` determines their ends.
 
     Margins stay within `document`, the offsets of the document's first byte and of the byte after
     its last one. The latter may be any offset beyond `stop + MARGIN_BYTES` if the end is unknown.
@@ -148,9 +148,10 @@ def cut_pieces(
 def next_cut(read: Read, start: int, stop: int) -> int:
     """Return the end of the piece that starts at `start`, in a document that ends at `stop`.
 
-    The end lies in the second half of the next `PIECE_BYTES` bytes: after the last line break that
-    is followed by text; if there is none, before the last space between two words (tokenizers join
-    the space with the next word, so no token crosses the cut); otherwise before any character.
+    The end is `stop` if at most `PIECE_BYTES` bytes remain. Otherwise it lies in the second half of
+    the next `PIECE_BYTES` bytes: after the last line break that is followed by text; if there is
+    none, before the last space between two words (tokenizers join the space with the next word, so
+    no token crosses the cut); otherwise before any character.
     """
     if stop - start <= PIECE_BYTES:
         return stop

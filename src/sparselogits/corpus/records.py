@@ -66,7 +66,7 @@ class Fields:
     """Settings for reading token ids; None if the records contain text."""
     label: str | None = None
     """Name of the field whose value labels a document, or the path of one in an object, such as
-    `meta.source`; None for no labels. It does not change the text."""
+    `meta.source`; None for no labels. Labels do not change the text."""
 
     def columns(self, found: Collection[str], where: Where) -> list[str]:
         """Return the columns to read from a table that has the columns `found`.
@@ -131,8 +131,9 @@ class Fields:
             return None if value != value else str(value)
         if value is None or (isinstance(value, str) and len(value) <= LONGEST_LABEL):
             return value
-        found = f"text of {len(value):,} characters" if isinstance(value, str) else type(value)
-        found = found if isinstance(found, str) else found.__name__
+        found = type(value).__name__
+        if isinstance(value, str):
+            found = f"text of {len(value):,} characters"
         raise CorpusError(
             f"{where()}: the field `{self.label}` contains {found}; expected text of at most "
             f"{LONGEST_LABEL} characters, a number or nothing. Name the field that contains the "
@@ -240,7 +241,7 @@ def _intersect(
 
 
 def _render(record: Record, names: Sequence[str], fields: Fields) -> Rendered | None:
-    """Return the text of a conversation; None if none of its tokens would carry a target."""
+    """Return a conversation as text; None if no text, or with `completion_only` no completion."""
     values, where, _ = record
     try:
         unread = fields.chat.unread(EXTRAS) if fields.chat is not None else ()

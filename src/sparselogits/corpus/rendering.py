@@ -11,8 +11,9 @@ characters, is determined by the first of these methods that applies:
   so the rendering of the first messages is not a prefix of the whole text. Then a marker of digits
   is inserted into a message; the marker's position in the rendering is that of the message. The
   text from there to the end of the turn, and the text before the answer, are taken from renderings
-  of the first messages. If the template cannot render those (an assistant's greeting before the
-  first question), they are taken from a conversation of one question and one answer.
+  of the first messages. If the template cannot render the first messages alone (an assistant's
+  greeting before the first question), both texts are taken from a conversation of one question and
+  one answer.
 
 `chat` runs this module in a separate process.
 """
@@ -142,7 +143,7 @@ class _Turns:
         return [turn for turn in turns if turn is not None]
 
     def completion(self, prompt: int) -> list[CharacterRange]:
-        """Return the range of all text after the first `prompt` messages."""
+        """Return a list with the range of all text after the first `prompt` messages, if any."""
         if prompt == len(self._messages):
             return []
         opened = self._messages[prompt]["role"] == "assistant"
@@ -532,7 +533,10 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
 
 
 def _is_excluded(message: Message) -> bool:
-    """Return whether a message is excluded from the loss, as OpenAI, ms-swift or Axolotl do it."""
+    """Return whether a message is excluded from the loss.
+
+    The fields are those of OpenAI (`weight`), ms-swift (`loss`) and Axolotl (`train`).
+    """
     return (
         message.get("weight") == 0 or message.get("loss") is False or message.get("train") is False
     )
@@ -563,7 +567,10 @@ _cpu_seconds = 0
 
 
 def _set_timer(name: str, seconds: int) -> None:
-    """Start the timer that ends this process; 0 s stops it. Without `serve`, do nothing."""
+    """Start the timer `name`, which ends this process after `seconds`; 0 stops the timer.
+
+    Do nothing in a process that does not run `serve`.
+    """
     if _cpu_seconds and hasattr(signal, "setitimer"):
         signal.setitimer(getattr(signal, name), seconds)
 

@@ -66,7 +66,7 @@ class Source:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens carry no target."""
+        """Whether some tokens may carry no target."""
         return self.fields.completion_only or self.fields.tokens is not None
 
     @cached_property
@@ -76,7 +76,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal sha256 of every file's relative name, size and content samples.
+        """Hexadecimal sha256 of every file's relative name, format, size and content samples.
 
         Samples are the first and last 64 KiB and sixteen blocks in between. A change outside the
         samples that does not change the size is not detected. Times and absolute paths are not
@@ -140,6 +140,7 @@ class Source:
         Raises:
             IdentityMismatchError: the source contains token ids of another tokenizer.
             InvalidArgumentError: rows of ids are joined, but each window is to have one document.
+            CorpusError: the tokenizer has several chat templates and no default.
         """
         if (tokens := self.fields.tokens) is not None:
             require_tokenizer(
@@ -223,6 +224,7 @@ def open_source(
     Raises:
         CorpusError: the text does not exist, the folder contains no text, or a file cannot be read.
         InvalidArgumentError: an option for text is given with token ids, or the reverse.
+        StorageError: given records cannot be written to `work`.
 
     Example:
         >>> source = open_source([{"text": "a first document"}, {"text": "a second one"}])
@@ -241,7 +243,7 @@ def open_source(
         )
     elif join_rows:
         raise InvalidArgumentError(
-            "found join_rows with text, whose documents are always joined; remove it, or give the "
+            "found join_rows with text, but it is an option for token ids; remove it, or give the "
             "tokenizer of the token ids (tokenized_by), --tokenized-by on the command line"
         )
     if isinstance(data, str | os.PathLike):

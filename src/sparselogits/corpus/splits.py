@@ -42,7 +42,8 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
         The splits; None if neither README.md nor the names divide the files.
 
     Raises:
-        CorpusError: README.md does not contain the configuration, or its patterns are invalid.
+        CorpusError: README.md does not contain the configuration, has several and no default, or
+            the patterns of the configuration are invalid.
     """
     configurations = _configurations(folder)
     if configuration is None and not configurations and not any(map(_KEYWORD.search, names)):

@@ -1,9 +1,9 @@
-"""Define the bytes of each token of a tokenizer, and tokenise byte strings from any boundary.
+"""Define the bytes of each token of a tokenizer, and tokenise byte strings within a text.
 
 A token of a byte-level tokenizer (GPT-2 and its successors) or of a SentencePiece tokenizer stands
 for a fixed byte string, so two tokenisations of one text can be compared byte by byte. Tokenizers
-whose tokens do not determine the text are rejected by name: WordPiece drops white space, and
-lowercasing or compatibility normalisation (NFKC) merges different texts.
+whose tokens do not determine the text are rejected: WordPiece drops white space. Those that change
+a text are rejected for students: lowercasing and NFKC map different texts to the same tokens.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class TokenBytes:
         first_of: function `_first_of` with a cache of its results.
 
     Raises:
-        InvalidArgumentError: the tokens do not determine the bytes of a text; the message names the
-            component of the tokenizer that loses them.
+        InvalidArgumentError: the tokenizer is not fast, or its tokens do not determine the bytes of
+            a text; the message names the component that loses bytes.
     """
 
     def __init__(self, tokenizer: Any, whose: str = "the tokenizer") -> None:
@@ -151,7 +151,10 @@ class TokenBytes:
         )
 
     def _parts(self, name: str) -> list[dict[str, Any]]:
-        """Return the components of the normaliser, pre-tokenizer or decoder, called `name`."""
+        """Return the components of one part of tokenizer.json.
+
+        `name` is "normalizer", "pre_tokenizer" or "decoder".
+        """
         return list(_flat(self._state.get(name)))
 
     def _spelled(self, token: str) -> bytes:
@@ -182,7 +185,7 @@ class TokenBytes:
 
     @cached_property
     def _changes(self) -> dict[str, Any]:
-        """Components without which no space is added before a text; empty if none is added."""
+        """Normaliser and pre-tokenizer that add no space before a text; empty if none is added."""
         changes = {
             name: _without_added_space(self._state.get(name))
             for name in ("normalizer", "pre_tokenizer")
@@ -218,7 +221,7 @@ class TokenBytes:
 
     @cached_property
     def crosses_spaces(self) -> bool:
-        """Whether a token contains white space after another character, as in "of the"."""
+        """Whether any token has white space after another character, as in "of the"."""
         return any(re.search(rb"\S\s", own) for own in self.bytes_of)
 
     @cached_property
@@ -274,15 +277,15 @@ class TokenBytes:
         return ByteTokens(*(np.array(own, np.int64) for own in arrays))
 
     def byte_tokens(self, data: bytes) -> list[int]:
-        """Return one token per byte; empty if the tokenizer lacks a token for one of the bytes."""
+        """Return one id per byte; an empty list if the tokenizer lacks a token for a byte."""
         ids = [self._byte_ids.get(byte, -1) for byte in data]
         return [] if -1 in ids else ids
 
     def _first_of(self, data: bytes, begins: bool = False) -> int:
         """Return the first token of a byte string that is tokenised by itself.
 
-        Bytes after the last complete character are left out, unless there is nothing before them
-        or the tokenizer is byte-level. The result is -1 if no token can stand for the bytes.
+        Bytes from the first invalid UTF-8 on are left out, unless there is nothing before them or
+        the tokenizer is byte-level. The result is -1 if no token can stand for the bytes.
 
         Args:
             data: bytes that follow a boundary between tokens.

@@ -67,9 +67,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
     """Return the fingerprint of a tokenizer.
 
     The fingerprint of a fast tokenizer is computed from the canonical JSON of the compiled
-    tokenizer, without the state of the last call (truncation, padding), and from the ids of the
-    special tokens. The fingerprint of a slow tokenizer is computed from its vocabulary, the
-    vocabulary files and these ids. Saving and loading a tokenizer does not change the fingerprint.
+    tokenizer, without the state of the last call (truncation, padding), that of a slow tokenizer
+    from its class, its vocabulary and the vocabulary files; both also from the ids of the special
+    tokens and `split_special_tokens`. Saving and loading a tokenizer does not change either.
 
     Args:
         tokenizer: a transformers tokenizer.

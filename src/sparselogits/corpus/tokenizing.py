@@ -237,6 +237,7 @@ def packing_for(
     Raises:
         CorpusError: the tokenizer has no token that could separate documents, or it adds more than
             one token before text (for the kind "documents", or after it).
+        InvalidArgumentError: an argument is out of range; see `Packing`.
     """
     before, after = added_tokens(tokenizer)
     if separator_id is None and kind == "documents" and after:

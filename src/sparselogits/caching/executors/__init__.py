@@ -1,7 +1,7 @@
 """Run a build in several processes: ranks of torchrun or Slurm, or actors of a Ray cluster.
 
-All executors compute the same ranges by `Job.compute` with a fixed number of threads and the job's
-batch size, so they write the same bytes.
+All executors compute the same ranges by `Job.compute` with the job's batch size, so with equal
+devices, library versions and numbers of threads they write the same bytes.
 """
 
 from sparselogits.caching.executors.on_ray import Workers, build_caches_on_ray, connect

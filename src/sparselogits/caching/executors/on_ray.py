@@ -25,7 +25,10 @@ from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
 
 TRIES = 3
-"""Number of actors that may die on the same range, or while loading, before the build fails."""
+"""Number of failures on one range, or while loading, at which the build fails.
+
+Deaths of actors and storage errors are counted, and counting restarts when any range is finished.
+"""
 
 READY = None
 """Value in place of a range while an actor loads the teacher."""
@@ -75,17 +78,18 @@ def build_caches_on_ray(
     """Build the missing ranges on the Ray cluster of `RAY_ADDRESS`, or on this machine.
 
     Args:
-        load: function that loads the teacher in each actor. It is pickled, as is the job; the
-            folders that they refer to must exist on every machine.
+        load: function that loads the teacher in each actor. The function and the job are pickled;
+            folders that either refers to must exist on every machine.
         job: the build, from `begin_job`.
         ranges: ranges of windows to build.
         workers: number and resources of the actors.
-        progress: called after each range with the numbers of windows done and in total.
+        progress: called after each range with the numbers of windows done and in total; not called
+            if no range is missing.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        CacheError: `TRIES` actors died with the same range, or while loading the teacher.
-        SparseLogitsError: an actor raised an error for a range.
+        CacheError: `TRIES` actors died on the same range, or while loading the teacher.
+        SparseLogitsError: an actor raised an error; a StorageError only at the last of `TRIES`.
     """
     ray = connect()
     missing = job.missing(ranges)
@@ -158,8 +162,8 @@ class _Actors:
             span: range of windows that the call computes, or READY.
 
         Raises:
-            CacheError: too many actors died.
-            SparseLogitsError: the call raised an error that would recur in another attempt.
+            CacheError: `TRIES` actors died.
+            SparseLogitsError: the call raised an error; a StorageError only at the last of `TRIES`.
         """
         errors = self._ray.exceptions
         try:

@@ -28,7 +28,8 @@ class Rank:
     Args:
         share: share of the build.
         local: index of the process on this machine, from 0, which selects the device.
-        local_count: number of processes on this machine; 1 if the launcher does not set it.
+        local_count: number of processes on this machine (under srun, the largest number on any
+            machine of the step); 1 if the launcher does not set it.
     """
 
     share: Share

@@ -34,7 +34,8 @@ class SourceFile:
 class Span:
     """Contiguous range of one file that can be read independently, in units of the file's format.
 
-    The unit is a byte for text and JSON lines, a row group for Parquet, a record batch for Arrow.
+    The unit is a byte for text and JSON lines, a row group for Parquet, a record batch for Arrow,
+    and a window or a sequence for token ids.
     """
 
     file: SourceFile
@@ -68,7 +69,7 @@ class Format:
     named_suffixes: ClassVar[tuple[str, ...]] = ()
     """Suffixes of files that are read only if the user names the file."""
     holds_records: ClassVar[bool] = True
-    """Whether documents are records with named fields instead of plain text."""
+    """Whether files contain records with named fields, or token ids, instead of plain text."""
     compressible: ClassVar[bool] = False
     """Whether `.gz`, `.bz2`, `.xz` or `.zst` may follow the suffix."""
     holds_tokens: ClassVar[bool] = False

@@ -68,7 +68,7 @@ class Parquet(Format):
 
 
 class Arrow(Format):
-    """Arrow streams, as `datasets` stores them, and Arrow files; a span has record batches."""
+    """Format of Arrow files, and of the streams of `datasets`; a span's unit is a record batch."""
 
     name = "arrow"
     named_suffixes = (".arrow",)
@@ -201,8 +201,8 @@ def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
 
     Arrow adds to every object of a column the fields of all other objects, with null values; these
     fields are removed. Columns that `datasets` stores as JSON text (its `Json` feature) are decoded
-    with their nulls, which are part of the text, unless they are `decoded`, as in the rows of
-    `datasets`.
+    with their nulls, which are part of the text; `decoded` states that they already are, as in the
+    rows of `datasets`.
     """
     if value is None:
         return None

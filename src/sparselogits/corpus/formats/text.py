@@ -46,7 +46,7 @@ class Text(Format):
     holds_records = False
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into ranges of about `span_bytes` bytes that end between words."""
+        """Divide a file into ranges of about `span_bytes` bytes, between words if possible."""
         with file.path.open("rb") as handle:
             read = partial(_read, handle.fileno())
             size = file.path.stat().st_size
