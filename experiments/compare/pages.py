@@ -329,6 +329,10 @@ class Findings:
         """Return the bytes of the cached targets per token in a healing setting."""
         return f"{healed(setting).rows[method].bytes_per_token:.0f}"
 
+    def teacher_loss(self, setting: str) -> str:
+        """Return the teacher's held-out loss in a healing setting, in nats per token."""
+        return f"{read_results(RESULTS / f'healing_{setting}.json').teacher.figures['loss']:.2f}"
+
     def table(self, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
         """Return the table of the endpoints of a pre-registered experiment, or of its tests."""
         named = list(rows.items()) if isinstance(rows, Mapping) else []
