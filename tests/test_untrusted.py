@@ -169,3 +169,7 @@ def test_a_bug_is_one_message_and_its_traceback_is_kept(tmp_path, monkeypatch, c
     (kept,) = (tmp_path / "sparselogits/bugs").iterdir()
     assert "Traceback" in kept.read_text()
     assert kept.name in said.replace("\n", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file, so that no folder can be created
+    with pytest.raises(SystemExit):
+        run_and_exit(broken)
+    assert "Please report it with the command and the output of --debug" in capsys.readouterr().err

@@ -20,12 +20,11 @@ from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.language_model import text_config
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-_RESERVED = 2  # rows of the table that some models reserve for padding
 _FAILURES = (IndexError, RuntimeError, ValueError)
 
 
 def trained_positions(model: nn.Module) -> int | None:
-    """Return the number of positions that a model supports; None if the model states none."""
+    """Return the number of positions of a model; None if its configuration states none."""
     config = text_config(getattr(model, "config", None))
     for name in _NAMES:
         limit = getattr(config, name, None)
@@ -117,17 +116,17 @@ def check_window(
 
 @contextmanager
 def positions_explained(model: nn.Module, length: int) -> Iterator[None]:
-    """Convert a forward pass's failure on a sequence beyond the model's positions to a typed error.
+    """Convert a failure of a forward pass in the block to a typed error, if a sequence is too long.
 
     Raises:
-        InvalidArgumentError: the block failed, and the sequences of `length` tokens are longer than
-            the model's positions.
+        InvalidArgumentError: the block failed, and `length`, the number of tokens per sequence,
+            exceeds the model's positions.
     """
     try:
         yield
     except _FAILURES as error:
         limit = trained_positions(model)
-        if limit is None or length <= limit - _RESERVED:
+        if limit is None or length <= limit:
             raise
         raise _too_long(model, length, limit) from error
 

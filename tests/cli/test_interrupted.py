@@ -107,6 +107,9 @@ MOMENTS = {
     "gradients STUDENT --teacher MODEL --data TEXT --window 32 --out {out}": {
         "sparselogits.corpus.packer:pack:1": "starts again"
     },
+    "retokenize CACHE --tokenizer MODEL --out {out}": {
+        "sparselogits.caching.retokenized:_write_shards:1": GOES_ON
+    },
     "demo --out {out}": {"sparselogits.teacher.demo_model:demo_model:1": GOES_ON},
     "verify CACHE": {"sparselogits.store.tools.verify:verify:1": "starts again"},
 }

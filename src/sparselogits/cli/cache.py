@@ -140,7 +140,7 @@ def cache(
     ),
     exact_weights: bool | None = TARGETS(
         "Store real-valued weights (of topk, topp, threshold or a proposal exponent) as float32, "
-        "or rounded by at most 2.2 % in a third of the bytes. Counts stay exact.",
+        "or rounded by at most 2.2 % in a third of the bytes. Counts of rounds stay exact.",
         None,
         "--exact-weights/--rounded-weights",
         shown="rounded; for an existing cache, its setting",
@@ -161,6 +161,7 @@ def cache(
     threads: int | None = PERFORMANCE(
         "PyTorch threads per worker. Builds with the same number write the same bytes.",
         shown="PyTorch's default; under torchrun, the cores divided by the ranks",
+        min=1,
     ),
     device_map: str | None = PERFORMANCE(
         "auto: distribute the teacher's layers over all devices, host memory and disk.",
@@ -180,10 +181,10 @@ def cache(
         "Build only windows A to B - 1, given as A:B, for example 0:512.", shown="all windows"
     ),
     workers: int | None = DISTRIBUTED(
-        "Maximum number of Ray workers.", shown="as many as fit on the cluster"
+        "Maximum number of Ray workers.", shown="as many as fit on the cluster", min=1
     ),
     gpus: float | None = DISTRIBUTED(
-        "GPUs per Ray worker; may be a fraction.", shown="1 with a CUDA device, else 0"
+        "GPUs per Ray worker; may be a fraction.", shown="1 with a CUDA device, else 0", min=0
     ),
     tp_plan: str | None = DISTRIBUTED(
         "auto: split each layer of the teacher across the ranks of torchrun (tensor parallelism).",
@@ -235,6 +236,7 @@ def cache(
         messages.print(source.in_words())
     _, located = locate_model(teacher)  # rejects unusable model files before the text is packed
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+    masks = names_masked_model(teacher, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"device_map": device_map, "tp_plan": tp_plan}
     if engine_name == EngineName.vllm:
         require_vllm(
@@ -242,9 +244,7 @@ def cache(
                 "--device-map": device_map is not None,
                 "--tp-plan": tp_plan is not None,
                 "a GGUF file": "gguf_file" in located,
-                "a masked teacher": names_masked_model(
-                    teacher, trust_remote_code=trust_remote_code
-                ),
+                "a masked teacher": masks,
             }
         )
         require_first_gpu(role.device)
@@ -267,7 +267,6 @@ def cache(
         kind="joined" if packing is PackingName.joined else "documents",
     )
     given = {"--mask-rate": mask_rate, "--mask-units": mask_units, "--mask-span": mask_span}
-    masks = names_masked_model(teacher, trust_remote_code=trust_remote_code)
     _require_objective(objective, masks, [name for name, v in given.items() if v is not None])
     hides = _masked(tokenizer, mask_rate, mask_units, mask_span, seed) if masks else None
     request = CacheRequest(out, drawn, budget, seed, temperature, exact_weights)
@@ -382,8 +381,8 @@ def _masked(
 class CacheCommand(TyperCommand):
     """Command with one option per field that the installed samplers declare.
 
-    The options are created when the command is parsed or its help is shown, because that imports
-    samplers of other packages.
+    The options are created when the command is parsed or its help is shown, because creating them
+    imports the samplers of other packages.
     """
 
     @cached_property

@@ -2,7 +2,8 @@
 
 Exit codes: 0 success, 2 an error that the message explains, 130 interrupted, 1 a bug in this
 package. The traceback of a bug is written to a file, because the run may have been long and the
-traceback may quote text of unknown origin. `--debug`, anywhere on the command line, prints it.
+traceback may quote text of unknown origin. The option `--debug`, anywhere on the command line,
+prints the traceback of any error.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _AFTER_INTERRUPTION = {
     "demo": _RESUMES,
     "merge": _RESUMES,
     "push": _RESUMES,
+    "retokenize": _RESUMES,
     "repair": "shards already moved stay where they are; the same command checks the others",
     "train": "if the recipe sets save_steps, the same command continues from the last checkpoint, "
     "otherwise it starts again",
@@ -122,13 +124,13 @@ def _report_of(error: BaseException) -> str:
     file = user_cache() / "bugs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     try:
         write_whole(file, printable("".join(traceback.format_exception(error))))
-    except OSError:
+    except SparseLogitsError:  # the file cannot be written
         return f"{message} Please report it with the command and the output of --debug"
     return f"{message} Please report it with the command and the traceback in {file}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch failed to allocate memory on a device or on the host."""
+    """Return whether an error is torch's for memory that cannot be allocated."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
@@ -136,7 +138,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _print_interrupted(state: dict[str, Any]) -> None:
-    """Print what the interrupted command leaves behind and how to continue."""
+    """Print the state on disk after an interruption, and how to continue."""
     # a second Ctrl-C during clean-up ends the process at once; commits are atomic
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     advice = _AFTER_INTERRUPTION.get(state.get("command") or "", _STARTS_AGAIN)

@@ -127,9 +127,9 @@ def build_role(
     `--tp-plan` is given, so that the ranks of torchrun run one teacher by tensor parallelism.
 
     Raises:
-        InvalidArgumentError: If an option belongs to another executor, a number is out of range,
-            or the environment defines no ranks.
-        MissingDependencyError: If Ray is not installed.
+        InvalidArgumentError: an option belongs to another executor, or the environment defines no
+            ranks.
+        MissingDependencyError: Ray is not installed.
     """
     import torch
 
@@ -139,12 +139,6 @@ def build_role(
     if executor != "ray" and (workers is not None or gpus is not None):
         raise InvalidArgumentError(
             "--workers and --gpus are options of --executor ray; add it, or leave them out"
-        )
-    if (threads or 1) < 1 or (workers or 1) < 1 or (gpus or 0) < 0:
-        given = {"--threads": threads, "--workers": workers, "--gpus": gpus}
-        found = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
-        raise InvalidArgumentError(
-            f"found {found}; give at least 1 to --threads and --workers, at least 0 to --gpus"
         )
     if split and executor != "local":
         raise InvalidArgumentError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
@@ -34,16 +34,6 @@ from sparselogits.wording import abbreviated, counted, parameters, rate
 
 if TYPE_CHECKING:
     from sparselogits.train import PlannedRun, Recipe, RunResult
-
-
-def _renamed(new: str) -> Any:
-    """Return a hidden option that rejects the former name of an option and reports the new name."""
-
-    def reject(option: typer.CallbackParam, value: str | None) -> None:
-        if value is not None:
-            raise RecipeError(f"{option.opts[0]} was renamed; use {new} (as in transformers)")
-
-    return typer.Option(hidden=True, callback=reject)
 
 
 def train(
@@ -118,9 +108,6 @@ def train(
         min=1,
     ),
     seed: int | None = TRAINING("Random seed for initial weights and data order.", shown="0"),
-    epochs: Annotated[str | None, _renamed("--num-train-epochs")] = None,
-    batch: Annotated[str | None, _renamed("--per-device-train-batch-size")] = None,
-    precision: Annotated[str | None, _renamed("--bf16")] = None,
     out: Path | None = OUTPUT("Folder of the run.", shown="the recipe's"),
     save_dtype: str | None = OUTPUT(
         "Data type of the saved student: float32, bfloat16, float16, or auto for that of --student "
