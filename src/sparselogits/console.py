@@ -69,14 +69,14 @@ LOG_SECONDS = 15.0
 """Seconds between two progress lines in pipes and logs."""
 
 MEASURABLE_SECONDS = 0.2
-"""Seconds of work before a rate is shown; over a shorter time it is meaningless."""
+"""Seconds of work before a rate is shown; a rate over a shorter time is meaningless."""
 
 NOTEBOOK_SECONDS = 0.5
 """Seconds between two updates of a progress line in a notebook."""
 
 
 def quiet_transformers() -> None:
-    """Silence the progress bars and loading messages of transformers."""
+    """Silence progress bars and transformers' messages, unless environment variables allow them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

@@ -51,7 +51,7 @@ class TokenKinds:
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> TokenKinds:
-        """Return the properties of a tokenizer's tokens, for a head with `vocab_size` columns."""
+        """Return the properties of a tokenizer's tokens, for a teacher of `vocab_size` ids."""
         texts = [""] * vocab_size
         special = np.ones(vocab_size, np.bool_)
         for text, token in tokenizer.get_vocab().items():
@@ -171,11 +171,12 @@ class Corruption:
 
         Args:
             tokenizer: the teacher's tokenizer.
-            vocab_size: number V of columns in the teacher's head.
+            vocab_size: number V of the teacher's logits per position.
             settings: fields of `Masked`, without `mask_id`.
 
         Raises:
-            InvalidArgumentError: the tokenizer has no mask token, or a value is out of its range.
+            InvalidArgumentError: the tokenizer has no mask token, the mask token is not in the
+                vocabulary, or a setting is out of range.
         """
         objective = masked_objective(tokenizer, **settings)
         return cls(objective, TokenKinds.of(tokenizer, vocab_size))
@@ -184,16 +185,21 @@ class Corruption:
     def of_identity(cls, identity: Identity, tokenizer: Any | None) -> Corruption | None:
         """Return the corruption of a cache; None for a cache of a causal language model.
 
+        Args:
+            identity: identity of the cache.
+            tokenizer: tokenizer of the cache; may be None for a causal language model.
+
         Raises:
-            InvalidArgumentError: the cache is of a masked model, and its tokenizer is None.
+            InvalidArgumentError: the cache is of a masked language model, and `tokenizer` is None
+                or has a mask token that is not in the vocabulary.
         """
         objective = identity.predicts
         if not isinstance(objective, Masked):
             return None
         if tokenizer is None:
             raise InvalidArgumentError(
-                "held-out text for a masked language model is corrupted, which needs the cache's "
-                "tokenizer, and none was found; name the teacher's folder with --tokenizer"
+                "evaluating a masked language model hides tokens of the text, which needs the "
+                "cache's tokenizer, and none was found; give the teacher's folder by --tokenizer"
             )
         return cls(objective, TokenKinds.of(tokenizer, identity.vocab_size))
 
@@ -210,8 +216,8 @@ class Corruption:
         Args:
             tokens: int32 [L], original token ids.
             window_index: index of the window; together with the seed it determines the result.
-            learnt: bool [L], true for tokens that may be chosen, which excludes padding and tokens
-                that are not trained on; None if all tokens may.
+            learnt: bool [L], false for padding and for tokens that are not trained on, which are
+                never chosen; None if there are none.
             held_out: whether `window_index` counts held-out windows instead of training windows.
 
         Raises:

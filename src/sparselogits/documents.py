@@ -1,11 +1,11 @@
 """Run a model over packed windows so that no document attends to another one.
 
 transformers' attention infers document boundaries from position ids that restart. Many
-architectures ignore them: recurrent and hybrid models carry a state across the boundary; ALiBi and
-some learned positions depend on the position in the window. So `Documents.probe` runs a model on
-two short packed windows and compares the result with each document run alone. If both are equal,
-the model runs packed windows; any other model runs each document as a separate sequence. Encoders,
-which attend to padding, are given an attention mask then.
+architectures ignore such position ids: recurrent and hybrid models carry a state across the
+boundary; ALiBi and some learned positions depend on the position in the window. So
+`Documents.probe` runs a model on two short packed windows, and compares the states with those of
+each document run alone. If they are equal, the model runs packed windows; any other model runs each
+document as a separate sequence, with an attention mask for an encoder, which attends to padding.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Documents:
     @classmethod
     @torch.no_grad()
     def probe(cls, model: nn.Module, run: Forward) -> Documents:
-        """Determine by a few short passes, in eval mode, how a model must run documents."""
+        """Determine how a model must run documents, by a few short passes of `run` in eval mode."""
         config = text_config(getattr(model, "config", None))
         rotary, chunk = _rotary_limit(config), getattr(config, "attention_chunk_size", None)
         limits = [limit for limit in (rotary, chunk) if limit is not None]
@@ -100,8 +100,9 @@ class Documents:
             run: forward pass of the model.
             input_ids: int64 [B, L].
             position_ids: int64 [B, L], zero where a document starts.
-            one_call: whether to run all documents in one call, padded to the longest document, so
-                that all ranks of a model with sharded weights make the same number of calls.
+            one_call: whether to run separate documents in one call, padded to the longest one, so
+                that all ranks of a model with sharded weights make the same number of calls. It has
+                no effect in windows longer than `same_length_beyond`.
             mask_padding: whether to mark padding in `attention_mask`, for models that compute a
                 loss over all tokens of a call.
             inputs: further inputs of `run`; tensors [B, L] are divided like `input_ids`.
@@ -128,7 +129,7 @@ class Documents:
 
 @torch.no_grad()
 def require_masked_padding(model: nn.Module, run: Forward) -> None:
-    """Validate that padding behind a text, marked by an attention mask, does not change the text.
+    """Validate that padding that an attention mask marks does not change the outputs of a text.
 
     Args:
         model: a transformers masked language model.
@@ -228,7 +229,8 @@ def _groups_of(
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the groups of documents that run in one call each.
 
-    Lengths within a group are equal, or differ by less than a factor of two to limit padding.
+    Lengths within a group are equal with `equal`; otherwise, without `one_call`, they differ by
+    less than a factor of two, to limit padding.
     """
     if one_call and not equal:
         yield spans
@@ -324,7 +326,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Return the largest sequence length with fixed rotary frequencies; None if all are fixed."""
+    """Return the sequence length above which rotary frequencies change; None if they are fixed."""
     for name in ("rope_parameters", "rope_scaling"):
         for rope in _nested_dicts(getattr(config, name, None)):
             kind = rope.get("rope_type", rope.get("type"))

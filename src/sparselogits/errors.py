@@ -23,7 +23,7 @@ class SparseLogitsError(Exception):
 
 
 class InvalidTargetsError(SparseLogitsError, ValueError):
-    """Raised if sparse targets have unsorted ids, negative weights or inconsistent offsets."""
+    """Raised if sparse targets are invalid (unsorted ids), or cannot be joined or thinned."""
 
 
 class InvalidLogitsError(SparseLogitsError, ValueError):
@@ -35,11 +35,11 @@ class InvalidArgumentError(SparseLogitsError, ValueError):
 
 
 class CorpusError(SparseLogitsError):
-    """Raised if text cannot be read, is empty, or is too short for a single window."""
+    """Raised if text or token ids cannot be read or packed, or fill no window."""
 
 
 class TeacherError(SparseLogitsError):
-    """Raised if a teacher cannot be loaded, has no head, or does not match its tokenizer."""
+    """Raised if a model cannot be loaded or run, has no head, or does not match its tokenizer."""
 
 
 class IdentityMismatchError(SparseLogitsError):
@@ -47,11 +47,11 @@ class IdentityMismatchError(SparseLogitsError):
 
 
 class CacheError(SparseLogitsError):
-    """Raised if a cache is missing, incomplete, or of a version that this library cannot read."""
+    """Raised if a cache is missing, incomplete, damaged or of an unknown version."""
 
 
 class CacheCorruptionError(CacheError):
-    """Raised if stored bytes were changed; the message names file, row and difference."""
+    """Raised if stored bytes were changed or removed; the message contains the file."""
 
 
 class StorageError(CacheError):
@@ -59,7 +59,7 @@ class StorageError(CacheError):
 
 
 class RecipeError(SparseLogitsError):
-    """Raised if a training recipe has unknown keys, missing values, or values out of range."""
+    """Raised if a recipe cannot be read, or has unknown keys or missing or invalid values."""
 
 
 class TrainingError(SparseLogitsError):
@@ -67,7 +67,7 @@ class TrainingError(SparseLogitsError):
 
 
 class TaskError(SparseLogitsError):
-    """Raised if a zero-shot task is unknown, or its data cannot be downloaded or generated."""
+    """Raised if a zero-shot task is unknown or fails, or has no data."""
 
 
 class ShrinkError(SparseLogitsError):
@@ -79,7 +79,7 @@ class MissingDependencyError(SparseLogitsError):
 
 
 class SparseLogitsWarning(UserWarning):
-    """Issued if a fallback needs more time or memory, or if a check failed that may fail."""
+    """Issued if the library continues with a fallback, or although a check failed."""
 
 
 def reason_of(error: BaseException) -> str:

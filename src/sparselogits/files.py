@@ -75,8 +75,8 @@ def writing_whole(
     Args:
         path: see `write_whole`.
         replace: see `write_whole`.
-        name: function that returns the file's name after the block, for a file that is named by its
-            content; None for the name in `path`.
+        name: function that is called after the block and returns the name of the file, for a name
+            that depends on the content; None for the name in `path`.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,13 +339,13 @@ def _started(pid: int) -> str:
 
 
 def _alive(pid: int) -> bool:
-    """Return whether a process with this id exists."""
+    """Return whether a process with this id exists; True if that is unknown."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True
+        pass
     return True
 
 

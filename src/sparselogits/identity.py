@@ -47,7 +47,7 @@ class Identity:
         teacher: name (for display, not compared), sha256 of the weights, dtype, engine and
             quantization of the teacher.
         tokenizer: sha256 of the tokenizer's canonical bytes.
-        vocab_size: number of columns in the teacher's head.
+        vocab_size: number of the teacher's logits per position.
         token_mask: sha256 of the bitmap that marks ids which are tokens; "all" if every id is one.
         window_length: number of positions per window.
         windows_per_shard: number of windows per shard file.
@@ -101,7 +101,7 @@ class Identity:
 
     @classmethod
     def from_json(cls, value: object) -> Identity:
-        """Return the identity for the JSON object that `to_json` returned.
+        """Create an identity from JSON values that `to_json` returned.
 
         Raises CacheError if a field is missing, unknown or of the wrong type, or the version is
         unknown.

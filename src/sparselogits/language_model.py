@@ -69,7 +69,7 @@ class Parts:
         head: linear layer from hidden states to logits.
         scale: see `Head`.
         softcap: see `Head`.
-        in_model: whether the states are the head's input in the model's own forward pass.
+        in_model: whether the trunk is the whole model, run without the head's matrix product.
     """
 
     trunk: nn.Module
@@ -90,7 +90,7 @@ class Parts:
 
     @contextmanager
     def without_product(self) -> Iterator[None]:
-        """Within a `with` block, replace the head, so that the model returns hidden states."""
+        """Replace the head by the identity in a `with` block: the model's logits become states."""
         patched = self.head.__dict__.get("forward")  # set by libraries that patch an instance
         self.head.forward = lambda states: states
         try:
@@ -109,10 +109,10 @@ class Parts:
 
 @contextmanager
 def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within a `with` block, record the last hidden states of a model's base at each forward pass.
+    """Record the last hidden states of a model's base at each forward pass in a `with` block.
 
-    These are the states before the head and, in a masked language model, before the transform in
-    front of the head. Each forward pass appends a tensor [B, L, D], with its gradient, to the list.
+    The base is the model without its head and, in a masked language model, without the transform
+    before the head. Each pass appends a differentiable tensor [B, L, D] to the yielded list.
 
     Raises:
         InvalidArgumentError: the model has no base from which the head is separate.
@@ -134,10 +134,7 @@ def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def masked_classes(config: Any) -> set[str]:
-    """Return the class names of the masked language models in transformers, and in remote code.
-
-    Remote code is that to which the configuration's `auto_map` refers.
-    """
+    """Return the class names of transformers' masked language models, and the one in `auto_map`."""
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM", "")
     return set(_masked_classes_by_type().values()) | {str(remote).rpartition(".")[2]}
 
@@ -164,8 +161,9 @@ def _masked_classes_by_type() -> dict[str, str]:
 def names_masked_class(config: Any) -> bool:
     """Return whether a configuration describes a masked language model.
 
-    An encoder (BERT, RoBERTa) is one unless the configuration names a causal class: the class may
-    also be that of the base model or of pretraining (BertForPreTraining), or missing.
+    The configuration of an encoder (BERT, RoBERTa) may also name the base model or a class for
+    pretraining (BertForPreTraining), or no class. Such a configuration describes a masked language
+    model unless it names a causal class, or sets `is_decoder` or `is_encoder_decoder`.
     """
     named = set(getattr(config, "architectures", None) or ())
     if not named.isdisjoint(masked_classes(config)):
@@ -212,9 +210,9 @@ def split(model: nn.Module) -> Parts | None:
         model: a transformers language model, causal or masked.
 
     Returns:
-        The parts; None if the head is not a plain linear layer (with LoRA, or quantised), if the
-        model transforms its logits by more than a scale and a soft cap, or if head(trunk(x))
-        differs from the model's own logits.
+        The parts; None if the head is not a plain linear layer (with LoRA, quantised or offloaded),
+        if the model transforms its logits by more than a scale and a soft cap (a masked model: at
+        all), or if head(trunk(x)) differs from the model's own logits.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear:
@@ -234,7 +232,7 @@ def split(model: nn.Module) -> Parts | None:
 def _measure_scale_and_softcap(
     model: nn.Module, head: nn.Module
 ) -> tuple[float, float | None] | None:
-    """Return scale and soft cap of a model's logits; None if the model transforms them otherwise.
+    """Return scale and soft cap of a model's logits; None if these do not explain the logits.
 
     The head's output is replaced by a ramp from 2^-10 to 2^16 with both signs, spread over the
     columns. The smallest numbers give the scale, the largest give the soft cap, and all of them
@@ -274,9 +272,9 @@ def _measure_scale_and_softcap(
 
 
 def _configured_value(config: Any, measured: float) -> float:
-    """Return a number of the configuration, or its inverse, that equals `measured` up to rounding.
+    """Replace a measured number by 1, or by a number of the configuration or its inverse.
 
-    If there is none, `measured` is returned.
+    The replacement equals `measured` up to rounding; if there is none, `measured` is returned.
     """
     values = config.to_dict().values() if hasattr(config, "to_dict") else vars(config).values()
     known = [float(v) for v in values if isinstance(v, float | int) and not isinstance(v, bool)]
@@ -286,9 +284,9 @@ def _configured_value(config: Any, measured: float) -> float:
 
 
 @contextmanager
-def _forward_hook(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """Call a hook after each forward pass of the head within a `with` block."""
-    handle = head.register_forward_hook(hook)
+def _forward_hook(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call a hook after each forward pass of a module within a `with` block."""
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
@@ -296,7 +294,7 @@ def _forward_hook(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 def probe_tokens(model: nn.Module, device: Any = "cpu") -> Tensor:
-    """Return distinct token ids, int64 [1, L], on which a model is compared with its parts."""
+    """Return token ids, int64 [1, 16], on which a model is compared with its parts."""
     tokens: Tensor = torch.arange(_PROBE_LENGTH, device=device) * 7919 % embedding_rows(model)
     return tokens[None]
 
@@ -326,7 +324,7 @@ def output_columns(model: nn.Module) -> int:
     """Return the number of columns V of a model's logits.
 
     This is the number of rows of the head, except where a model multiplies the output of its head
-    by the input embedding (DeBERTa's).
+    by the input embedding (DeBERTa).
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     rows = int(head.weight.shape[0])

@@ -57,7 +57,7 @@ class FileLock:
                 `TAKEN` at once.
 
         Raises:
-            StorageError: the lock file cannot be created.
+            StorageError: the lock file cannot be created or locked.
         """
         if fcntl is None:
             self.held = Held.UNSUPPORTED

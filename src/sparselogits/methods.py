@@ -95,12 +95,12 @@ def require_fits(
         cosine: weight of the cosine loss between hidden states.
 
     Raises:
-        InvalidArgumentError: a teacher is missing or superfluous, or beta or the cosine loss has
-            no effect or is out of range.
+        InvalidArgumentError: a teacher is missing or superfluous, beta or the cosine loss would
+            have no effect, or beta is not in (0, 1).
     """
     if cosine and not method.online:
         raise InvalidArgumentError(
-            f"method {method.name!r} has no cosine loss, but cosine={cosine:g} is given: it "
+            f"method {method.name!r} has no cosine loss, but cosine={cosine:g} is given: this loss "
             "compares the student's hidden states with the teacher's, which a cache does not "
             f"contain. Leave cosine out, or choose a method with the teacher online "
             f"({listed(ONLINE, 'or')})"

@@ -26,7 +26,7 @@ IGNORE_INDEX = -100
 """Label of a position that predicts no token, as in PyTorch and transformers."""
 
 LEAST_RATE = 1e-3
-"""Smallest random rate of a window; the weight of a window's loss is at most its inverse."""
+"""Smallest random rate of a window, whose inverse bounds the weight of the window's loss."""
 
 MASK_RATE = 0.15
 """Default share of the tokens that are chosen for prediction, as in BERT."""
@@ -104,7 +104,7 @@ class Causal:
 
 @dataclass(frozen=True)
 class Masked:
-    """Prediction of the tokens that the input of a window hides or replaces.
+    """Prediction of chosen tokens, most of which the input of a window hides or replaces.
 
     Args:
         mask_id: id of the mask token.

@@ -6,4 +6,4 @@ from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
 """Callback that receives the number of finished units and their total; the unit (windows, shards,
-bytes, passes) is documented by the function that calls it."""
+bytes, passes) is documented by the function that calls the callback."""

@@ -123,7 +123,7 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
 
 
 def load_quantized(folder: Path, quantization: Quantization) -> nn.Module:
-    """Load a model that was saved in full precision, and quantise its weights.
+    """Load a causal language model that was saved in full precision, and quantise its weights.
 
     The folder contains a model that was trained after `prepare`; for any other model this is
     post-training quantisation. `save_pretrained` of the result writes the quantised weights in a

@@ -124,11 +124,11 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Return the value of a YAML document, which error messages call `what`.
+    """Return the value of a YAML document; `what` names the document in error messages.
 
     Raises:
         RecipeError: the text is not YAML as described in this module's docstring; the message
-            contains the line and column.
+            contains the line and column, if they are known.
     """
     try:
         return yaml.load(text, Loader=_Loader)

@@ -44,7 +44,7 @@ class SparseTargets:
         ids: int64 [E], strictly ascending within a position, each in [0, vocab_size).
         weights: float32 [E], non-negative estimates of the teacher's probabilities.
         offsets: int64 [P + 1], non-decreasing from 0 to E.
-        vocab_size: number of columns in the teacher's head.
+        vocab_size: number V of the teacher's logits per position.
         counts: int32 [E], number of rounds that drew each entry; None if the sampler
             does not draw in rounds.
         rounds: number of rounds per position, equal to the sum of the position's counts unless the
@@ -53,8 +53,8 @@ class SparseTargets:
             valid, where speed matters.
 
     Raises:
-        InvalidTargetsError: an argument is invalid; the message contains the first invalid
-            position.
+        InvalidTargetsError: an argument is invalid; the message contains the first position with an
+            invalid entry.
 
     Examples:
         The first of two positions has two entries, and the second has one:
@@ -110,7 +110,9 @@ class SparseTargets:
     @overload
     def __getitem__(self, positions: slice) -> SparseTargets: ...
     def __getitem__(self, positions: SupportsIndex | slice) -> Entries | SparseTargets:
-        """Return the entries of one position, or the targets of a slice of positions, as views.
+        """Return the entries of one position, or the targets of a slice of positions.
+
+        The tensors of entries are views.
 
         Raises:
             IndexError: a position does not exist.
@@ -290,7 +292,7 @@ class SparseTargets:
             torch.cat([part.weights.double() * w for part, w in used]),
             torch.cat(drawn) if counted_all else None,
             rounds=sum(part.rounds or 0 for part, _ in used) if counted_all else None,
-            count=len(first),
+            length=len(first),
             vocab_size=max(part.vocab_size for part, _ in used),
         )
 
@@ -319,20 +321,21 @@ class SparseTargets:
             self.weights.double(),
             self.counts,
             rounds=self.rounds,
-            count=len(self),
+            length=len(self),
             vocab_size=vocab_size,
         )
 
     def thin(self, rounds: int, starts: Tensor | int) -> SparseTargets:
-        """Return targets with `rounds` of each position's ordered rounds, evenly spaced.
+        """Return the targets that `rounds` evenly spaced rounds of each position drew.
 
-        If `rounds` divides `self.rounds`, every k-th round is selected, k = self.rounds / rounds. A
-        systematic draw then remains systematic, and the k possible starts partition the rounds. For
-        other ratios, round r is selected if (r * rounds - g * start) mod self.rounds < rounds, with
-        g the greatest common divisor of the two numbers; the gaps between selected rounds then have
-        two neighbouring lengths, and the draw is no longer exactly systematic. In both cases the
-        same share of the starts selects each round, so the result is unbiased for a uniformly drawn
-        start, and its mean over all starts equals these targets.
+        The rounds of a position are ordered by the drawn ids. If `rounds` divides `self.rounds`,
+        every k-th round is selected, k = self.rounds / rounds. A systematic draw then remains
+        systematic, and the k possible starts partition the rounds. For other ratios, round r is
+        selected if (r * rounds - g * start) mod self.rounds < rounds, with g the greatest common
+        divisor of the two numbers; the gaps between selected rounds then have two neighbouring
+        lengths, and the draw is no longer exactly systematic. In both cases the same share of the
+        starts selects each round, so the result is unbiased for a uniformly drawn start, and its
+        mean over all starts equals these targets.
 
         Args:
             rounds: number of rounds to select per position, at most `self.rounds`.
@@ -340,8 +343,8 @@ class SparseTargets:
                 [0, thinning_choices(self.rounds, rounds)).
 
         Raises:
-            InvalidTargetsError: the targets have no counts or fewer than `rounds` rounds, or a
-                start is out of range.
+            InvalidTargetsError: the targets have no counts, `rounds` is not in [1, self.rounds], or
+                a start is out of range.
         """
         if self.counts is None or self.rounds is None:
             raise InvalidTargetsError(
@@ -409,10 +412,10 @@ def _summed(
     counts: Tensor | None,
     *,
     rounds: int | None,
-    count: int,
+    length: int,
     vocab_size: int,
 ) -> SparseTargets:
-    """Return targets in which weights and counts with equal position and id are added."""
+    """Return targets of `length` positions, adding entries with equal position and id."""
     keys = positions * vocab_size + ids
     distinct, entry = keys.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     summed = torch.zeros(len(distinct), dtype=torch.float64, device=distinct.device)
@@ -424,7 +427,7 @@ def _summed(
     return SparseTargets(
         distinct % vocab_size,
         summed.float(),
-        offsets_from_lengths(owners.bincount(minlength=count)),
+        offsets_from_lengths(owners.bincount(minlength=length)),
         vocab_size,
         counts=counts,
         rounds=rounds,
@@ -448,8 +451,8 @@ def _validate(targets: SparseTargets) -> None:
         raise InvalidTargetsError("only one of counts and rounds is given; pass both or neither")
     if targets.vocab_size < 1:
         raise InvalidTargetsError(
-            f"vocab_size must be positive, found {targets.vocab_size}; give the number of columns "
-            "in the teacher's head"
+            f"vocab_size must be positive, found {targets.vocab_size}; give the number of the "
+            "teacher's logits per position"
         )
     offsets, entries = targets.offsets, targets.ids.numel()
     if offsets.numel() < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != entries:

@@ -1,9 +1,9 @@
 """Parse the part of Thrift's compact protocol that Parquet's headers use, in bounded memory.
 
 A Parquet reader allocates the sizes that a page header or a footer claims: a page of sixty bytes
-may claim two gigabytes, and a list of two bytes a million column chunks. This parser returns the
-claimed sizes without allocating them, so that they can be validated before a Parquet reader opens
-the file.
+may claim two gigabytes, and the header of a list, of a few bytes, may claim a million column
+chunks. This parser returns the claimed sizes without allocating them, so that they can be validated
+before a Parquet reader opens the file.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class CompactReader:
         """Return the fields of the structure at the current offset, by field number.
 
         Integers, booleans and structures (as dicts) are returned as values, strings as their
-        lengths in bytes, and lists as (type of the elements, number of elements); the elements of
-        lists are skipped. `depth` is the number of enclosing structures.
+        lengths in bytes, lists as (type of the elements, number of elements), maps as their numbers
+        of entries, and floats as 0. `depth` is the number of enclosing structures.
         """
         fields: dict[int, Any] = {}
         for number, kind in self.fields(depth):
@@ -94,7 +94,7 @@ class CompactReader:
             self.skip(kind, depth + 1)
 
     def _scalar(self, kind: int, depth: int) -> int | bool:
-        """Return a number, the length of a string, or the number of entries in a map."""
+        """Return an integer, a boolean, the length of a string or map, or 0 for a float."""
         if kind in _INTEGERS:
             return _signed(self._varint())
         if kind in BOOLEANS:

@@ -1,4 +1,4 @@
-"""Define the command line: a command parses options, calls the library once and prints the result.
+"""Define the command line: commands parse options, call the library and print results.
 
 Results go to standard output (JSON with `--json`), progress and notes to standard error. The module
 `exits` defines exit codes and final messages.

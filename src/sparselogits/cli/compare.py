@@ -43,7 +43,7 @@ def compare(
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Train the same student by each method of a recipe, and compare the results."""
+    """Train each student of a recipe by each of the recipe's methods, and compare the results."""
     from sparselogits.lab.compare import compare as run_comparison
     from sparselogits.lab.compare import load_compare_recipe
     from sparselogits.lab.report import write_report

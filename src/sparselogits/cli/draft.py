@@ -16,8 +16,8 @@ def draft_vocabulary(
     size: int = DATA("Number of ids in the draft vocabulary.", ..., min=1),
     by: Literal["text", "teacher"] = DATA(
         "text: the ids that occur most often in the training text. teacher: the ids with the "
-        "largest mean probability under the teacher, estimated from cached targets; only positions "
-        "with a target count, so prompts of conversations do not.",
+        "largest mean probability under the teacher, estimated from cached targets, which the "
+        "prompts of conversations do not have.",
         "text",
     ),
     keep: list[int] | None = DATA(
@@ -84,7 +84,7 @@ def draft_vocabulary(
     )
     if unused:
         messages.print(
-            f"{counted(unused, 'id')} of them did not occur; a smaller --size would do",
+            f"{counted(unused, 'id')} of them did not occur; a smaller --size is sufficient",
             soft_wrap=True,
         )
     drafter = ("--student-config", "tiny", "--draft-vocabulary", out)

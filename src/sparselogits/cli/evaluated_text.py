@@ -73,8 +73,9 @@ def text_to_evaluate(
         corruption = Corruption.of_identity(cache.identity, tokenizer)
     elif names_masked_model(student):
         raise InvalidArgumentError(
-            f"{student} is a masked language model, which is evaluated at masked tokens, and no "
-            "cache says which tokens are masked. Name a cache of its teacher with --cache"
+            f"{student} is a masked language model, which is evaluated at masked tokens; a cache "
+            "defines which tokens are masked, but none is given. Name a cache of the student's "
+            "teacher with --cache"
         )
     if other is None:
         assert packed is not None
@@ -136,7 +137,11 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
     Args:
         names: models or runs to load the tokenizer from, in order of preference.
         student: name of the student.
-        purpose: option that needs the tokenizer, for the error message.
+        purpose: option or kind of model that needs the tokenizer, for the error message.
+
+    Raises:
+        TeacherError: no tokenizer is readable.
+        IdentityMismatchError: the student's tokenizer has other ids.
     """
     from sparselogits.teacher.loading import load_tokenizer
 

@@ -52,7 +52,7 @@ PILOT_WINDOWS = 4
 """Number of windows on which samplers are fitted to the budget."""
 
 PILOT_STRIDE = 4
-"""Distance between two positions that are used in a pilot window."""
+"""Distance between two positions of a pilot window that are used, if the input is not corrupted."""
 
 
 Rule = StrEnum("Rule", ["drop", "renormalise", "smooth", "ghost", "ground_truth"])
@@ -236,7 +236,7 @@ def _load_students(
 
 
 class _Pilot(NamedTuple):
-    """Pilot positions of one window.
+    """Positions of one pilot window, and the teacher's logits there.
 
     Args:
         tokens: input of the window, int64 [L].
@@ -250,7 +250,7 @@ class _Pilot(NamedTuple):
 
 
 def _pilot(engine: Engine, windows: TextDataset) -> list[_Pilot]:
-    """Return the teacher's logits at positions of the pilot windows."""
+    """Return positions of the pilot windows, with the teacher's logits."""
     import torch
 
     from sparselogits.evaluate.passes import labelled_positions, teacher_slices, without_padding
@@ -271,7 +271,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[_Pilot]:
 
 
 def _adaptive(student: str, pilot: Sequence[_Pilot], budget: float) -> Sampler:
-    """Create an adaptive sampler that draws the default sampler's rounds at an average signal."""
+    """Create an adaptive sampler that draws as many rounds as the default one at a mean signal."""
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [own.logits for own in pilot], budget).rounds

@@ -52,7 +52,7 @@ _BY_LABEL: dict[str, tuple[str, str]] = {
 """Name in `LabelStatistics.to_json` and format of each column in the table of labels."""
 
 MOST_LABELS = 50
-"""Number of labels that are shown; the others are shown together."""
+"""Largest number of labels with a separate row; the other labels share a row."""
 
 
 def info(
@@ -64,13 +64,13 @@ def info(
         min=0,
     ),
     by: str | None = DATA(
-        "Also show the targets by the value of this field in the records of --data, such as "
-        "`source`, or `meta.source` in an object.",
+        "Also show statistics of the targets by the value of this field in the records of --data, "
+        "such as `source`, or `meta.source` for a field of an object.",
         shown="no such table",
     ),
     data: str | None = DATA(
-        "Text from which the cache was built, for --by. Other columns than the text are not in the "
-        "cache.",
+        "Text from which the cache was built, for --by; the cache contains the text only, not the "
+        "other fields of the records.",
         shown="none; required with --by",
     ),
     split: str = DATA("Split of a dataset to read, as when the cache was built.", "train"),

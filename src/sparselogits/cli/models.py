@@ -22,7 +22,7 @@ def load_student(
 ) -> nn.Module:
     """Load a student from its folder, its hub name, or the folder of the run that trained it.
 
-    With a draft vocabulary, the student gets a head for its classes.
+    With a draft vocabulary, the student's head is replaced by one for that vocabulary's classes.
     """
     from sparselogits.data.draft import require_vocabulary_of
     from sparselogits.teacher.demo_model import model_named

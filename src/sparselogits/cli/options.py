@@ -101,7 +101,7 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         "--allow",
-        help="Check that gives a warning instead of an error. May be repeated. Names: "
+        help="Name of a check that warns instead of failing. May be repeated. Names: "
         + ", ".join(ALLOWANCES)
         + ".",
         metavar="NAME",
@@ -212,7 +212,7 @@ def parsed_mask_rate(text: str | None) -> float | str | None:
 
 
 def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
-    """Parse the value of `--weights`."""
+    """Parse the value of `--weights`: numbers, "best", or None if it is not given."""
     if text is None:
         return None
     if text == "best":
@@ -234,12 +234,13 @@ def print_next(*words: object, otherwise: str = "") -> None:
 def print_train_command(cache: str | Path, tokenizer: str = "MODEL") -> None:
     """Print the command that trains a student from a cache, as the next step.
 
-    The sizes of new students are those of causal models, so a masked cache needs a masked model.
+    `--student-config` creates causal models only, so the printed command trains the model named by
+    `tokenizer` if the cache is of a masked language model.
 
     Args:
         cache: folder or URL of the cache.
-        tokenizer: name of the teacher or its tokenizer, printed for a cache at a URL, which does
-            not contain the tokenizer, and as the student for a cache of a masked language model.
+        tokenizer: name of the teacher or its tokenizer; also printed as `--tokenizer` for a cache
+            at a URL, which does not contain the tokenizer.
     """
     from sparselogits.store import Cache
     from sparselogits.store.storage.location import is_url

@@ -60,11 +60,11 @@ def plan(
     passes: float = DATA("Passes over the cache: students times epochs times repeated runs.", 1.0),
     budget: float = TARGETS("Mean number of entries per token.", 12.0),
     bits: float | None = TARGETS(
-        "Bits per entry on disk.", shown="as measured with this codec at that budget"
+        "Bits per entry on disk.", shown="as measured at the same --budget"
     ),
     text_bytes: float | None = TARGETS(
         "Bytes per token for the text that is stored with the targets.",
-        shown="as measured with this format",
+        shown="as measured",
     ),
     windows_per_shard: int = OUTPUT("Windows per file of the cache.", 512),
     device: str = PERFORMANCE(
@@ -92,10 +92,11 @@ def plan(
         "Fraction of the device's peak throughput that the student reaches.", UTILISATION
     ),
     build_overhead: float = PERFORMANCE(
-        "Extra time of a build, as a fraction of the teacher's forward passes.", BUILD_OVERHEAD
+        "Extra time of a build, as a fraction of the time of the forward passes.", BUILD_OVERHEAD
     ),
     step_overhead: float = PERFORMANCE(
-        "Extra time of a training step from the cache, as a fraction of a step with cross-entropy.",
+        "Extra time of a training step from the cache, as a fraction of the time of a step with "
+        "cross-entropy.",
         STEP_OVERHEAD,
     ),
     workers: int = DISTRIBUTED("Number of devices that run the teacher.", 1),

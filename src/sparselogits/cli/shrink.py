@@ -38,7 +38,7 @@ STUDENT = Group("Student")
 
 
 LayerScoreOption = StrEnum("LayerScoreOption", ["influence", "loss", "spaced"])
-"""Rules that select blocks."""
+"""Names of the rules that select the blocks of the student."""
 
 
 def shrink(
@@ -66,8 +66,8 @@ def shrink(
     layer_score: LayerScoreOption = STUDENT(
         "How to select blocks: influence (one minus the cosine of a block's input and output; one "
         "forward pass), loss (loss on the text without the block; one forward pass per block) or "
-        "spaced (evenly from the first to the last, about every second one for half of them, as in "
-        "DistilBERT; needs no text).",
+        "spaced (at equal distances from the first to the last block, as in DistilBERT; needs no "
+        "text).",
         LayerScoreOption.influence,
     ),
     cache: str | None = DATA(
@@ -166,9 +166,9 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
-    """Return the tokens of `count` windows spread over a cache, int64 [N, L].
+    """Return the tokens of at most `count` windows spread over a cache, int64 [N, L].
 
-    N is less than `count` if windows are padded, because padding is removed and the rest is joined.
+    Padding is removed and the rest is joined, so N is less than `count` if windows are padded.
     """
     from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset
@@ -188,7 +188,7 @@ def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
 def _tokens_of_text(
     name: str, tokenized_by: str | None, tokenizer: Any, model: Any, window: int, count: int
 ) -> Tensor:
-    """Return the tokens of `count` windows spread over a text, int64 [count, L].
+    """Return the tokens of at most `count` windows spread over a text, int64 [N, L].
 
     Rows of token ids are joined, as documents are, so that no padding is measured.
     """

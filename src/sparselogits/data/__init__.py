@@ -1,4 +1,4 @@
-"""Read caches for training, by datasets, a resumable order and a collator."""
+"""Provide datasets, a resumable order and a collator for training from caches."""
 
 from sparselogits.data.collator import collate
 from sparselogits.data.dataset import CacheDataset, TextDataset, rounds_for_entries

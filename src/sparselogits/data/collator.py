@@ -30,10 +30,10 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         A dict with `input_ids`, `shift_labels` and `labels`, int64 [B, L] (`labels` follow the
-        Hugging Face convention: the token at the position itself, or -100); `attention_mask` and
-        `position_ids`, int64 [B, L], and `loss_weight`, float32 [B], if the windows have them; and
-        for windows with targets `target_ids`, int64 [B, L, K], `target_weights`, float32 [B, L, K],
-        where padding has weight 0, and `teacher_entropy`, float32 [B].
+        Hugging Face convention: the token at the position itself, or -100); if the windows have
+        them, `attention_mask` and `position_ids`, int64 [B, L], and `loss_weight` and
+        `teacher_entropy`, float32 [B]; and for windows with targets `target_ids`, int64 [B, L, K],
+        and `target_weights`, float32 [B, L, K], where padding has weight 0.
 
     Examples:
         >>> from torch.utils.data import DataLoader

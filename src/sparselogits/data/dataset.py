@@ -42,10 +42,10 @@ class TextWindow(TypedDict):
 
     Attributes:
         input_ids: int64 [L].
-        shift_labels: int64 [L], the token that each position predicts; -100 if there is none. For a
-            causal model it is the next token, except at the last position, at masked positions, and
-            at the end of a document if attention is reset there; for a masked language model, the
-            original token of each chosen position.
+        shift_labels: int64 [L], the token that each position predicts; -100 if there is none. A
+            causal model predicts the next token, except at the last position, where the loss mask
+            is false, and at the end of a document if attention is reset there; a masked language
+            model predicts the original token at each chosen position.
         attention_mask: int64 [L], 0 at padding; present if each window has one document.
         position_ids: int64 [L]; present if attention is reset at document starts.
         labels: int64 [L], the same labels at the positions of the predicted tokens, as in
@@ -84,7 +84,7 @@ class CacheDataset(Dataset[CachedWindow]):
     of windows that `collate` has combined.
 
     Several caches of the same text, built with teachers that share a tokenizer, are read as one
-    cache. Its targets are those of the mixture sum_m w_m p_m of the teachers' distributions p_m.
+    cache with targets for the mixture sum_m w_m p_m of the teachers' distributions p_m.
 
     Args:
         path: directory or URL of the cache, or a list of directories or URLs.
@@ -101,8 +101,8 @@ class CacheDataset(Dataset[CachedWindow]):
     Raises:
         CacheError: there is no cache, or it has no finished shard.
         IdentityMismatchError: several caches differ in text, tokenizer, packing or temperature.
-        InvalidArgumentError: the weights are negative, do not sum to 1 or do not match the caches,
-            or the draft vocabulary does not match them.
+        InvalidArgumentError: no cache is given; the weights are negative, do not sum to 1 or do not
+            match the caches; or the draft vocabulary does not match the caches.
 
     Examples:
         >>> cache = CacheDataset("my-cache")
@@ -142,7 +142,10 @@ class CacheDataset(Dataset[CachedWindow]):
 
     @property
     def rounds(self) -> int | None:
-        """Largest number of rounds per position; None if a cache was not drawn in rounds."""
+        """Largest number of rounds per position, summed over the teachers of a window.
+
+        None if the targets of a cache were not drawn in rounds.
+        """
         return self._mixture.rounds
 
     @property
@@ -272,9 +275,9 @@ class TextDataset(Dataset[TextWindow]):
     Args:
         corpus: packed corpus.
         holdout: whether to read the held-out windows; otherwise the training windows.
-        limit: largest number of windows; None for all.
-        corruption: corruption of the windows, for evaluating masked language models. It is the same
-            each time a window is read. None for causal models.
+        limit: maximum number of windows; None for all.
+        corruption: corruption of the windows, the same each time a window is read, for evaluating
+            masked language models; None for causal models.
         draft: vocabulary of a draft model, to which labels are restricted; None for all ids.
 
     Raises:
@@ -324,8 +327,8 @@ class TextDataset(Dataset[TextWindow]):
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     """Return the number of rounds to which targets must be thinned to meet a budget of entries.
 
-    The mean entries after thinning are then as close as possible to the budget. They are counted on
-    eight windows that are spread over the cache.
+    The mean number of entries per position with a target, measured on eight windows that are spread
+    over the cache, is then as close to the budget as possible.
 
     Args:
         dataset: dataset whose targets were drawn in rounds.

@@ -3,8 +3,8 @@
 A draft model for speculative decoding often has a small head: its draft vocabulary is a subset of
 the teacher's ids. A `DraftVocabulary` maps every id of the teacher to a class, which is the draft
 id of the same token, or one more class, the rest, for all other ids. The image of an unbiased
-target under this map is an unbiased target for the teacher's distribution of the classes
-(docs/theory.md, section 9), so a cache serves every draft vocabulary.
+target under this map is an unbiased target for the teacher's distribution over the classes
+(docs/theory.md, section 9), so the targets of one cache can be mapped to any draft vocabulary.
 
 The files are those of speculators, SpecForge, EAGLE-3 and vLLM: `d2t`, int64 [D], is the teacher's
 id of each draft id minus the draft id, and `t2d`, bool [V], marks the ids in the vocabulary.
@@ -63,7 +63,8 @@ class DraftVocabulary:
         vocab_size: number V of the teacher's ids.
 
     Raises:
-        InvalidArgumentError: there are no ids, an id is out of range, or an id occurs twice.
+        InvalidArgumentError: `ids` is not an int64 vector on the CPU, there are no ids, an id is
+            out of range or occurs twice, or `vocab_size` is too large.
 
     Examples:
         >>> import torch
@@ -135,7 +136,8 @@ class DraftVocabulary:
 
         Raises:
             InvalidArgumentError: `size` is less than 1, greater than V, or less than the number of
-                ids in `keep`; or an id in `keep` is out of range.
+                ids in `keep`; an id in `keep` is out of range; or a frequency is negative or not
+                finite.
         """
         given = _float64(frequencies)
         kept = torch.tensor(sorted(set(keep)), dtype=torch.int64)
@@ -244,7 +246,7 @@ class DraftVocabulary:
 
         Args:
             logits: logits of the D + 1 classes, float [P, D + 1].
-            vocab_size: number V' of the teacher's logits, greater than every draft id.
+            vocab_size: number V' of the teacher's logits per position, greater than every draft id.
 
         Returns:
             float [P, V'], -inf for ids outside of the draft vocabulary. The logit of the rest is
@@ -311,8 +313,9 @@ class DraftVocabulary:
     def give_head(self, model: nn.Module) -> nn.Module:
         """Replace the head of a transformers causal language model by one for the D + 1 classes.
 
-        The rows of draft ids are copied, and the row of the rest is the mean of the other rows. The
-        input embedding is not changed and no longer shares its weights with the head.
+        The rows of draft ids are copied, and the row of the rest is the mean of the other rows (of
+        all rows if there are no others). The input embedding is not changed and no longer shares
+        its weights with the head.
 
         Args:
             model: model with at least V output ids; it is changed.
@@ -346,11 +349,11 @@ class DraftVocabulary:
 
     @torch.no_grad()
     def widen_head(self, model: nn.Module) -> nn.Module:
-        """Replace the head for the D + 1 classes by one with a row per id of the teacher.
+        """Replace the head for the D + 1 classes by one with a row per row of the input embedding.
 
-        Transformers has one vocabulary size for embedding and head, so a model is saved with such a
-        head. The rows of ids outside of the draft vocabulary are that of the rest, from which
-        `give_head` makes the same D + 1 rows again; generation suppresses these ids.
+        transformers has one vocabulary size for embedding and head, so a model is saved with such a
+        head. The rows of ids outside of the draft vocabulary are copies of the row of the rest, so
+        `give_head` restores the D + 1 rows; generation suppresses these ids.
 
         Args:
             model: model with a head of `give_head`; it is changed.
@@ -393,8 +396,8 @@ class DraftVocabulary:
                 checkpoints; otherwise a folder for d2t.npy and t2d.npy, as speculators reads them.
 
         Raises:
-            InvalidArgumentError: there is another draft vocabulary at `path`; it is not replaced,
-                because a trained head may belong to it.
+            InvalidArgumentError: another or an unreadable draft vocabulary exists at `path`, which
+                is not replaced, because a trained head may belong to it.
             StorageError: a file cannot be written.
         """
         path = Path(path)
@@ -472,7 +475,7 @@ def require_vocabulary_of(folder: Path, draft: DraftVocabulary | None) -> None:
         found = "no draft vocabulary was given" if draft is None else f"{draft!r} was given"
         raise InvalidArgumentError(
             f"the model in {folder} was trained with a draft vocabulary ({own!r}), and {found}; "
-            f"give its own: --draft-vocabulary {folder} (draft_vocabulary: in the recipe)"
+            f"give that one: --draft-vocabulary {folder} (draft_vocabulary: in the recipe)"
         )
 
 
@@ -490,11 +493,11 @@ def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None 
     """Return the sum of the cached target weights of each id, float64 [V].
 
     If the cache is unbiased, the expectation of the sum is proportional to the mean probability
-    that the teacher gives to the id at the positions with a target.
+    that the teacher assigns to the id at the positions with a target.
 
     Args:
         cache: the cache.
-        windows: largest number of windows to read; they are spread evenly over the cache.
+        windows: maximum number of windows to read, spread evenly over the cache.
         progress: called with the numbers of windows done and in total.
     """
     total = torch.zeros(cache.identity.vocab_size, dtype=torch.float64)
@@ -508,7 +511,7 @@ def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None 
 
 
 def _head_like(old: nn.Module, rows: int) -> nn.Linear:
-    """Return a head with other rows than `old`, and the same columns, device and dtype."""
+    """Create a head with `rows` outputs, and the inputs, device and dtype of the head `old`."""
     weight: Any = old.weight
     head = nn.Linear(weight.shape[1], rows, bias=getattr(old, "bias", None) is not None)
     return head.to(weight.device, weight.dtype)
@@ -535,7 +538,10 @@ def _float64(frequencies: Tensor | np.ndarray) -> Tensor:
 
 
 def _require_inside(path: Path, folder: Path) -> None:
-    """Raise InvalidArgumentError if a file in a folder is a link to a file outside of it."""
+    """Validate that a file of a folder is no link out of the folder, unless that is allowed.
+
+    Raises InvalidArgumentError; the allowance is "linked-weights".
+    """
     if leads_outside(path, folder):
         error = InvalidArgumentError(
             f"{path} is a link to {os.path.realpath(path)}, outside of its folder; copy the file "
@@ -545,17 +551,12 @@ def _require_inside(path: Path, folder: Path) -> None:
 
 
 def _checked(tensors: tuple[Tensor, ...], path: Path) -> DraftVocabulary:
-    """Return the draft vocabulary of d2t and t2d, which must not contradict each other."""
-    d2t, t2d = tensors
-    return DraftVocabulary(_ids_of(d2t, t2d, path), len(t2d))
-
-
-def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
-    """Return the ids of a draft vocabulary from its two tensors.
+    """Return the draft vocabulary that the tensors d2t and t2d of a file or folder describe.
 
     Raises:
         InvalidArgumentError: the tensors have unexpected types or contradict each other.
     """
+    d2t, t2d = tensors
     integers = (torch.int64, torch.int32)
     shaped = d2t.dim() == t2d.dim() == 1 and len(d2t) > 0
     if not shaped or t2d.dtype != torch.bool or d2t.dtype not in integers:
@@ -568,12 +569,12 @@ def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
     marked = t2d.contiguous().view(torch.uint8).nonzero().flatten()
     ids = d2t.long() + torch.arange(len(d2t))
     if len(ids) == len(marked) and torch.equal(ids.sort().values, marked):
-        return ids
+        return DraftVocabulary(ids, len(t2d))
     advice = "write both files again from one list of ids"
     if len(d2t) == len(marked) and torch.equal(d2t.long().sort().values, marked):
         advice = "d2t has the ids themselves: subtract the draft ids (torch.arange) from them"
-    elif len(d2t) and not bool(d2t.any()):
-        advice = "choose the vocabulary first, then save d2t, which is all zeros, again"
+    elif not bool(d2t.any()):
+        advice = "d2t is all zeros: write it again after the ids have been chosen"
     raise InvalidArgumentError(
         f"{path}: d2t maps {counted(len(d2t), 'draft id')} to other teacher ids than the "
         f"{len(marked)} that t2d marks (expected the marked ids, each once, as i + d2t[i] for "

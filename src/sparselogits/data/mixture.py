@@ -1,8 +1,8 @@
 """Mix the cached targets of several teachers for one text.
 
-At every position, the target of teacher m is an unbiased estimate of its distribution p_m.
-Therefore the weighted sum of the targets is an unbiased estimate of the mixture sum_m w_m p_m, for
-any weights that do not depend on the sampled targets (docs/theory.md, section 8).
+If the target of every teacher m is an unbiased estimate of the teacher's distribution p_m, the
+weighted sum of the targets is an unbiased estimate of the mixture sum_m w_m p_m, for any weights
+that do not depend on the sampled targets (docs/theory.md, section 8).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Mixture:
 
     @property
     def rounds(self) -> int | None:
-        """Largest number of rounds per position, over all teachers of a window.
+        """Largest number of rounds per position, summed over the teachers of a window.
 
         None if the targets of a cache were not drawn in rounds.
         """
@@ -243,7 +243,7 @@ def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
 
 
 def _require_same_settings(one: Cache, other: Cache) -> None:
-    """Validate that two caches have the same tokenizer, packing, temperature and bias."""
+    """Validate that two caches can be mixed: settings, tokenizer, and both biased or both not."""
     names = ("window_length", "packing", "temperature", "objective")
     here, there = (
         {name: getattr(cache.identity, name) for name in names}

@@ -115,7 +115,7 @@ def measure_calibration(windows: Sequence[Tensor], bins: int = BINS) -> Calibrat
         bins: number of bins B.
 
     Raises:
-        InvalidArgumentError: If there are no positions, or fewer than one bin.
+        InvalidArgumentError: there are no positions, or fewer than one bin.
     """
     signed = torch.cat([torch.empty(0), *windows])
     if bins < 1 or not len(signed):

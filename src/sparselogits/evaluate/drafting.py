@@ -80,7 +80,8 @@ def draft_from_prefixes(
 
     Args:
         student: transformers causal language model, set to eval mode during the call.
-        windows: held-out text. If it has a draft vocabulary, the student drafts its ids alone.
+        windows: held-out text. With a draft vocabulary (`windows.draft`), the student drafts only
+            the ids of that vocabulary.
         teacher: teacher that verifies the drafts.
         draft: number of tokens per draft, at least 1.
         prefixes: number of prefixes per window, at least 1, at evenly spaced positions.
@@ -88,9 +89,9 @@ def draft_from_prefixes(
         progress: function that is called with the number of windows done and the total number.
 
     Raises:
-        InvalidArgumentError: If there are no windows, a window is not longer than a draft, `draft`
-            or `prefixes` is less than 1, or the student has fewer ids than the teacher or not one
-            output per class of the windows' draft vocabulary.
+        InvalidArgumentError: there are no windows, a window is not longer than a draft, `draft` or
+            `prefixes` is less than 1, or the student is a masked language model, has fewer ids than
+            the teacher, or not one output per class of the draft vocabulary.
     """
     length = windows.corpus.packing.window_length
     if not len(windows) or draft < 1 or prefixes < 1 or length <= draft:

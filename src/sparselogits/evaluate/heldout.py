@@ -45,7 +45,7 @@ from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.teacher import Engine
 
 BLOCK_ROWS = 32
-"""Number of positions per block on a CPU."""
+"""Number of positions whose logits are processed together on a CPU."""
 
 _LOSS, _KL, _AGREEMENT, _ACCEPTANCE, _POSITIONS = range(5)
 
@@ -69,7 +69,7 @@ class HeldOut:
         kl_by_window: mean KL of each window, nats; empty without a teacher.
         agreement_by_window: agreement of each window; empty without a teacher.
         acceptance_by_window: acceptance of each window; empty without a teacher.
-        positions_by_window: number of positions in each window.
+        positions_by_window: number of positions with a label in each window.
         intervals: estimates with 95 % bootstrap intervals over windows, by the names in `METRICS`.
     """
 
@@ -100,7 +100,7 @@ class HeldOut:
             seed: random seed for the resamples.
 
         Raises:
-            InvalidArgumentError: If the metric does not exist, or needs a teacher.
+            InvalidArgumentError: the metric does not exist, or needs a teacher.
         """
         return bootstrap_interval(
             self.sums(metric), statistic_of(metric), resamples=resamples, seed=seed
@@ -118,7 +118,7 @@ class HeldOut:
             seed: random seed for the resamples.
 
         Raises:
-            InvalidArgumentError: If the numbers of positions per window differ, or one model does
+            InvalidArgumentError: the numbers of positions per window differ, or one model does
                 not have the metric.
         """
         if self.positions_by_window != other.positions_by_window:
@@ -142,7 +142,7 @@ class HeldOut:
             sum of the metric over positions.
 
         Raises:
-            InvalidArgumentError: If the metric does not exist, or needs a teacher.
+            InvalidArgumentError: the metric does not exist, or needs a teacher.
         """
         count = torch.tensor(self.positions_by_window, dtype=torch.float64)[:, None]
         by_window = {
@@ -208,9 +208,9 @@ def evaluate(
     Args:
         students: transformers language models by name, set to eval mode during the call. They are
             masked language models if the windows are corrupted, otherwise causal ones.
-        windows: held-out text, tokenised with the tokenizer of teacher and students. If it has a
-            draft vocabulary, students have a head for its classes, and all metrics are those of the
-            distributions of these classes.
+        windows: held-out text, tokenised with the tokenizer of teacher and students. With a draft
+            vocabulary (`windows.draft`), students have a head for the classes of that vocabulary,
+            and all metrics are those of the distributions over the classes.
         teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
         resamples: number of bootstrap resamples of the windows, for the intervals.
         seed: random seed for the resamples.
@@ -220,7 +220,7 @@ def evaluate(
         The metrics by name of the student; those of the teacher under the name "teacher".
 
     Raises:
-        InvalidArgumentError: If there are no windows or resamples, a student has fewer ids than the
+        InvalidArgumentError: there are no windows or resamples, a student has fewer ids than the
             teacher, or not one output per class of the draft vocabulary, or a model is causal where
             the windows need a masked one, or the reverse.
 
@@ -302,7 +302,7 @@ def _measure_window(
 
 
 def _blocks(rows: int, taught: Tensor | None) -> Iterator[slice]:
-    """Divide rows of logits into blocks of `BLOCK_ROWS` on a CPU, one block elsewhere.
+    """Divide rows of logits into blocks of `BLOCK_ROWS`; into one if the teacher's are on a GPU.
 
     On a CPU, mapping memory for one large tensor would take longer than the arithmetic.
     """

@@ -2,9 +2,9 @@
 
 Student's t interval is for the mean of values from a few runs or batches, and Fieller's interval
 for the ratio of two such means. The percentile bootstrap (Efron and Tibshirani 1993, section 13.3)
-is for metrics over many windows, because the positions of one window are not independent. It is
-not suitable for three seeds: its 95 % interval covers the true mean in at most 80 % of experiments
-(`tests/evaluate/test_bootstrap.py`).
+is for metrics over many windows, because the positions of one window are not independent. The
+bootstrap is not suitable for three seeds: its 95 % interval covers the true mean in at most 80 % of
+experiments (`tests/evaluate/test_bootstrap.py`).
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estim
     """Compute the mean of independent, approximately normal values and its two-sided t interval.
 
     Args:
-        values: one value per unit; the interval of a single value is None.
+        values: one value per unit; both ends are None for a single value.
         confidence: coverage of the interval, in (0, 1).
 
     Raises:
-        InvalidArgumentError: If there is no value, or `confidence` is outside (0, 1).
+        InvalidArgumentError: there is no value, or `confidence` is outside (0, 1).
     """
     count = _checked(values, confidence)
     mean = math.fsum(values) / count
@@ -98,7 +98,7 @@ def fieller_interval(
         denominators is not distinguishable from zero.
 
     Raises:
-        InvalidArgumentError: If there are no pairs, the two lengths differ, the mean of the
+        InvalidArgumentError: there are no pairs, the two lengths differ, the mean of the
             denominators is zero, or `confidence` is outside (0, 1).
 
     Examples:
@@ -167,7 +167,8 @@ def bootstrap_interval(
     Calls with the same seed and number of units draw the same resamples.
 
     Args:
-        units: contribution of each unit to each of C sums, float64 [W, C].
+        units: contribution of each of W units to each of C sums, float64 [W, C]; both ends are None
+            for a single unit.
         statistic: function that computes the value from the sums; the default computes a mean over
             units of different sizes.
         resamples: number of resamples; a 95 % interval needs several hundred.
@@ -175,7 +176,7 @@ def bootstrap_interval(
         confidence: share of the resamples inside the interval, in (0, 1).
 
     Raises:
-        InvalidArgumentError: If there is no unit or no resample, or `confidence` is outside (0, 1).
+        InvalidArgumentError: there is no unit or no resample, or `confidence` is outside (0, 1).
     """
     count = len(units)
     if not count or resamples < 1 or not 0 < confidence < 1:
@@ -224,7 +225,7 @@ def paired_interval(
         statistic: as in `bootstrap_interval`; so are the remaining arguments.
 
     Raises:
-        InvalidArgumentError: If the numbers of units differ, or `bootstrap_interval` raises it.
+        InvalidArgumentError: the numbers of units differ, or `bootstrap_interval` raises it.
     """
     if len(first) != len(second):
         raise InvalidArgumentError(
@@ -238,9 +239,9 @@ def paired_interval(
 
 
 def difference_of(statistic: Statistic) -> Statistic:
-    """Return the function that computes the difference of a statistic between two models.
+    """Return the function that computes a statistic of one model minus that of another.
 
-    The sums of the models are side by side, float64 [R, 2 C].
+    The sums of the two models are side by side, float64 [R, 2 C].
     """
 
     def difference(sums: Tensor) -> Tensor:
@@ -295,7 +296,8 @@ def over_seeds(
         seed: random seed for the resamples.
 
     Raises:
-        InvalidArgumentError: If there is no window or no resample.
+        InvalidArgumentError: there is no seed, no window or no resample, or the mean denominator
+            is zero.
     """
     models, count, sums = units.shape
     side_by_side = units.transpose(0, 1).flatten(1)
@@ -386,7 +388,7 @@ def two_sided_p(values: Sequence[float]) -> float:
     """Compute the two-sided p-value of the t test that the mean of independent values is zero.
 
     Raises:
-        InvalidArgumentError: If there are fewer than two values.
+        InvalidArgumentError: there are fewer than two values.
     """
     count = len(values)
     if count < 2:

@@ -30,7 +30,7 @@ class StudentLogits:
         masked: whether the windows are corrupted, for a masked language model.
 
     Raises:
-        InvalidArgumentError: If the model is causal and `masked` is True, or the reverse.
+        InvalidArgumentError: the model is causal and `masked` is True, or the reverse.
     """
 
     def __init__(self, model: nn.Module, *, masked: bool = False) -> None:
@@ -97,7 +97,7 @@ def without_padding(item: Mapping[str, Any]) -> dict[str, Any]:
 def joined_texts(items: Sequence[Mapping[str, Any]]) -> Tensor:
     """Return the tokens of windows without padding, joined and cut into windows, int64 [N, L].
 
-    Without padding these are the windows themselves.
+    If the windows have no padding, the result is the windows themselves.
 
     Args:
         items: items of a `CacheDataset` or `TextDataset`, at least one.
@@ -108,7 +108,7 @@ def joined_texts(items: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the arguments of a model's forward for one window, each of shape [L]."""
+    """Return the inputs of a model's forward pass for one window: tokens and position ids, [L]."""
     return {k: v for k, v in item.items() if k in ("input_ids", "position_ids")}
 
 
