@@ -140,7 +140,7 @@ def layout_of(model: nn.Module) -> Layout:
         model: a transformers language model.
 
     Raises:
-        ShrinkError: If the list of blocks cannot be identified.
+        ShrinkError: If the configuration lacks sizes, or the list of blocks cannot be identified.
     """
     sizes = sizes_of(model)
     layers = _blocks(model, sizes.layers)

@@ -1,10 +1,10 @@
 """Score the parts of a model by their contribution on calibration text.
 
 - Blocks: block influence, which is one minus the cosine of a block's input and output, averaged
-  over positions (ShortGPT, arXiv 2403.03853); or the loss on the text without the block.
-- MLP channels and groups of attention heads: root mean square over positions of the contribution to
-  the residual stream. The contribution is the activation times the norm of the activation's column
-  in the output projection (Minitron, arXiv 2407.14679, uses the activation alone).
+  over positions (ShortGPT, arXiv 2403.03853); or the loss of the model without the block.
+- MLP channels and groups of attention heads: root mean square over positions of the norm of what a
+  unit adds to the result of the output projection. For a channel, this norm is the activation times
+  the norm of a column of the projection (Minitron, arXiv 2407.14679, uses the activation alone).
 - Channels of the residual stream: root mean square of the normalised activations over positions
   and normalisations (Minitron).
 """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.language_model import in_eval_mode
 from sparselogits.progress import Progress
-from sparselogits.shrink.layout import layout_of, sizes_of
+from sparselogits.shrink.layout import Layout, layout_of, sizes_of
 from sparselogits.shrink.plan import Kept, ShrinkTarget, kept_layers, largest
 from sparselogits.shrink.scores import (
     LayerScore,
@@ -80,11 +80,13 @@ def shrink(
         layer_score: rule that selects blocks: the score "influence" (one pass over the windows) or
             "loss" (one pass per block; causal models only), or "spaced" for evenly spaced blocks
             from the first to the last one (DistilBERT).
-        progress: function that is called with the number of finished passes and their total.
+        progress: function that is called with the number of finished passes and their total, from
+            zero again when channels, heads and hidden channels are scored.
 
     Raises:
-        ShrinkError: If the structure of the model, or its pruning to these sizes, is not supported.
-        InvalidArgumentError: If calibration windows are required and missing.
+        ShrinkError: If no size or an invalid one is given, or the structure of the model, or its
+            pruning to these sizes, is not supported.
+        InvalidArgumentError: If calibration windows are required, but missing or not [N, L].
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -111,8 +113,9 @@ def shrink(
     wide = [size for size, value in sizes.items() if value is not None]
     if (chosen_by_score or wide) and (windows is None or windows.ndim != 2 or not len(windows)):
         raise InvalidArgumentError(
-            "selecting the parts to remove needs calibration windows, int64 [N, L]; give windows, "
-            "or only the layers to remove (drop_layers), or evenly spaced ones (spaced)"
+            "selecting the parts to remove needs calibration windows, int64 [N, L], found "
+            f"{windows if windows is None else tuple(windows.shape)}; give windows, or only the "
+            "layers to remove (drop_layers), or evenly spaced ones (spaced)"
         )
     with in_eval_mode(model):
         scores = None
@@ -123,7 +126,7 @@ def shrink(
         kept = Kept(kept_layers(target, total, scores))
         if wide:
             assert windows is not None
-            kept = _select_width(model, target, kept, windows, wide, progress)
+            kept = _select_width(model, layout, target, kept, windows, wide, progress)
         order = order_of(model, layout, kept)
         student = build(model, Slicer(layout, kept, order))
     return Shrunk(
@@ -139,6 +142,7 @@ def shrink(
 
 def _select_width(
     model: nn.Module,
+    layout: Layout,
     target: ShrinkTarget,
     kept: Kept,
     windows: Tensor,
@@ -146,12 +150,12 @@ def _select_width(
     progress: Progress | None,
 ) -> Kept:
     """Return `kept` with the units of the sizes `wide` that have the largest scores."""
-    layout = layout_of(model)
-    shallow = model
+    shallow, shallow_layout = model, layout
     if len(kept.layers) < layout.sizes.layers:
         shallow = build(model, Slicer(layout, kept, "concatenated"))
         shallow.to(next(model.parameters()).device)
-    scores = width_scores(shallow, layout_of(shallow), windows, wide, progress=progress)
+        shallow_layout = layout_of(shallow)
+    scores = width_scores(shallow, shallow_layout, windows, wide, progress=progress)
     per_layer: dict[str, tuple[Tensor, ...]] = {}
     for size, count in (("channels", target.channels), ("groups", target.heads)):
         if size in scores:

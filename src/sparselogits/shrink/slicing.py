@@ -121,7 +121,7 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
 
 
 def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
-    """Return the order of fused rows, after verifying on two blocks that pruning is correct.
+    """Return the order of fused rows; verify on two blocks that pruning in this order is correct.
 
     The logits of the pruned model must equal those of the unpruned one with the removed parts set
     to zero.
@@ -260,8 +260,8 @@ def _restore_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> Non
     if not torch.allclose(wide, factor * narrow, rtol=2e-2, atol=1e-3 * float(wide.abs().max())):
         raise ShrinkError(
             f"{type(model).__name__}: a smaller hidden size changes the output of its embedding by "
-            "more than a factor, so the hidden size cannot be pruned. Prune layers, heads or "
-            "channels"
+            "more than a constant factor, so the hidden size cannot be pruned. Prune layers, heads "
+            "or channels"
         )
     if abs(factor - 1.0) < 1e-3:
         return

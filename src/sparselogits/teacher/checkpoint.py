@@ -71,7 +71,8 @@ class Checkpoint:
     def hashed(self) -> list[Path]:
         """Return the weight files that are hashed for the model's fingerprint, in order.
 
-        These are all safetensors files in the folder, then files in subfolders that an index names.
+        These are the GGUF file, or all safetensors files in the folder, then those in subfolders
+        that an index names.
         """
         if self.gguf is not None:
             return [self.gguf]
@@ -177,7 +178,7 @@ def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkp
 
 
 def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int) -> Checkpoint:
-    """Download the configuration and weights for a hub name, all from one commit."""
+    """Download configuration and weights of a hub name, from one commit; return the checkpoint."""
     config = _download(name, CONFIG, revision) or _download(name, ADAPTER_CONFIG, revision)
     if config is None:
         raise not_found_error(
@@ -198,7 +199,7 @@ def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int)
 
 
 def _download(name: str, file: str, revision: str | None) -> Path | None:
-    """Download a file from a hub repository and return its path; None if it does not exist."""
+    """Return the path of a hub repository's file, downloaded or cached; None if unavailable."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -342,7 +343,7 @@ class _WeightSizes(NamedTuple):
 
 
 def _weight_sizes(files: tuple[Path, ...]) -> _WeightSizes:
-    """Return the sizes of weight files, from their headers."""
+    """Return the sizes of weight files, from headers; elements of GGUF files are an upper limit."""
     tensors = elements = size = largest = 0
     for file in files:
         size += file.stat().st_size
@@ -425,7 +426,7 @@ def _configuration(found: Checkpoint) -> dict[str, Any]:
 
 
 def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Yield (innermost key, integer) for each integer in nested JSON objects."""
+    """Yield (key, value) for each integer value of an object in a JSON value, at any depth."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _integers(inner, name)
@@ -439,10 +440,10 @@ def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raise an error if a block creates a model that is much larger than its weight files.
+    """Raise an error if a `with` block creates a model that is much larger than its weight files.
 
-    Parameters are counted when modules register them, before their memory is written, so a wrong
-    configuration occupies no more memory than the weight files have bytes.
+    Parameters are counted when modules register them, before their memory is written, so a
+    configuration with too many is rejected before it occupies the memory.
 
     Raises:
         TeacherError: the model has too many parameters or buffers.

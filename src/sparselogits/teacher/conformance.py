@@ -117,7 +117,10 @@ def _logits(engine: Engine, tokens: Tensor, starts: Sequence[np.ndarray] | None 
 
 
 def _require_equal(what: str, one: Tensor, other: Tensor, tolerance: float) -> None:
-    """Validate that the finite logits in two tensors are equal. Raises TeacherError."""
+    """Validate that finite logits in two tensors differ by at most `tolerance`.
+
+    Raises TeacherError.
+    """
     finite = one.isfinite()
     difference = float((one[finite] - other[finite]).abs().max())
     if not difference <= tolerance:

@@ -56,8 +56,8 @@ class Engine(Protocol):
             document_starts: int32 positions at which documents start and attention restarts, one
                 array per window; None if attention does not restart.
             attention_mask: int64 [B, L], 0 at padding, which is at the end; None without padding.
-                It is given to masked language models only, so the engine of a causal model, which
-                reads no padding before it, may omit this argument.
+                Only the engines of masked language models are called with a mask; that of a causal
+                model, in which no token attends to later padding, may omit this argument.
 
         Raises:
             SparseLogitsError: the engine does not support document starts.

@@ -65,6 +65,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         TeacherError: no tokenizer can be read.
+        MissingDependencyError: packages that "demo" needs are missing.
     """
     from transformers import AutoTokenizer
 
@@ -152,7 +153,7 @@ def load_teacher(
 
     Raises:
         TeacherError: the model cannot be read, has no trained head, does not match the tokenizer,
-            or changes on disk while it is read.
+            or changes on disk while it is read, or `dtype` is unknown.
         MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
 
     Example:
@@ -287,7 +288,8 @@ def _load(
 def names_masked_model(name: str, *, trust_remote_code: bool = False) -> bool:
     """Return whether a checkpoint, or the base of an adapter, is that of a masked language model.
 
-    The arguments are those of `load_tokenizer`.
+    The result is False if the configuration cannot be read. The arguments are those of
+    `load_tokenizer`.
     """
     try:
         source, arguments = locate_model(name)
@@ -435,7 +437,7 @@ def module_fingerprint(model: nn.Module) -> str:
 def locate_model(name: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the keyword arguments of a model for transformers' `from_pretrained`.
 
-    The files of a folder are validated; nothing is downloaded.
+    The files of a folder are validated. Only the base of an adapter is downloaded, if necessary.
 
     Raises:
         TeacherError: the path does not exist, or its files are invalid.
@@ -458,7 +460,7 @@ def _source_of(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _require_folder(name: str, error: Exception) -> None:
-    """Raise an error about a missing or empty folder, unless the model may be on the hub."""
+    """Raise a more precise error if there is nothing at a path, or a folder without a model."""
     path = Path(name)
     if not path.exists():
         problem = "no model of that name could be loaded from the Hugging Face hub"

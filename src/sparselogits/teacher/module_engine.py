@@ -86,7 +86,7 @@ class ModuleTeacher:
         """
         if document_starts is not None:
             raise TeacherError(
-                "this teacher cannot restart attention at document starts; pack the text without "
+                "this teacher cannot restart attention at document starts; build the cache without "
                 "reset_attention"
             )
         states = self.trunk(tokens.to(self.device))

@@ -40,7 +40,7 @@ class TransformersTeacher:
         slice_positions: number of positions for which logits are in memory at a time.
 
     Raises:
-        TeacherError: the model has no language-model head.
+        TeacherError: the model has no language-model head, or `token_mask` has another shape.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class TransformersTeacher:
         if parts is None:
             warnings.warn(
                 f"{type(model).__name__}: head and trunk cannot be run separately; the model's own "
-                "forward pass is used, which allocates the logits of a whole window",
+                "forward pass is used, which allocates the logits of a whole window. If memory is "
+                "insufficient, use shorter windows",
                 SparseLogitsWarning,
                 stacklevel=2,
             )

@@ -41,7 +41,7 @@ _OTHER_MODEL = {
     *("rope_scaling", "rope_theta", "disable_sliding_window", "enable_lora", "speculative_config"),
 }
 """Options with which vLLM could run another model than the one that is validated and hashed. Few
-tokens are compared, so a change that shows at long distances would not be noticed."""
+tokens are compared, so a change that affects only long windows would not be noticed."""
 
 _ROUNDING_ONLY = {
     *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend"),
@@ -146,8 +146,8 @@ def load_vllm_teacher(
     """Load a causal language model as a teacher whose layers run in vLLM.
 
     The model is first loaded with transformers, on the CPU: its files, vocabulary and window length
-    are validated as for any teacher, and its head and fingerprint are taken from there. Its states
-    for a few tokens are compared with those of vLLM; then its layers are deleted.
+    are validated as for any teacher, and its head and fingerprint are taken from there. The states
+    that transformers computes for a few tokens are compared with those of vLLM.
 
     Args:
         name: local folder or hub name.
@@ -163,7 +163,8 @@ def load_vllm_teacher(
     Raises:
         MissingDependencyError: vLLM is not installed, or it cannot be imported.
         InvalidArgumentError: an option is one that this function sets, or would make vLLM run
-            another model; or `device` is not the first visible GPU.
+            another model; `device` is a GPU, but not the first visible one; or the model fails on
+            windows of `window_length` tokens.
         TeacherError: the model cannot be read, is not a causal model that vLLM supports, or its
             states in vLLM differ from those in transformers.
 
@@ -245,7 +246,7 @@ def require_first_gpu(device: str | torch.device) -> None:
     """Validate that a device is the first visible GPU, on which vLLM always starts, or no GPU.
 
     Raises:
-        InvalidArgumentError: it is another GPU.
+        InvalidArgumentError: the device is another GPU.
     """
     if torch.device(device).index:
         raise InvalidArgumentError(
@@ -276,7 +277,7 @@ def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
 def _start(
     name: str, *, dtype: str, window_length: int, trust_remote_code: bool, options: dict[str, Any]
 ) -> Any:
-    """Start vLLM with the pooling runner.
+    """Start vLLM with the pooling runner, and return its `LLM`.
 
     Raises:
         MissingDependencyError: vLLM is installed, but it cannot be imported.
@@ -316,7 +317,7 @@ def _require_same_states(
 ) -> None:
     """Validate on two short windows that vLLM's states equal the head's input in transformers.
 
-    They would differ for a model that scales the states between the last norm and the head.
+    The states differ if a model scales them between the last norm and the head.
 
     Raises:
         TeacherError: the states differ.
@@ -339,5 +340,6 @@ def _require_same_states(
         raise TeacherError(
             f"vLLM's hidden states differ from those of transformers by {difference:.2g} of their "
             f"mean norm, expected at most {limit:g}; the model's code changes the states before "
-            "the head, or this vLLM computes it differently. Use the engine transformers"
+            "the head, or this version of vLLM computes them differently. Use the engine "
+            "transformers"
         )

@@ -1,4 +1,4 @@
-"""Compare training methods by the metrics of the same student, trained with each of them."""
+"""Compare training methods: train the same student with each, and evaluate all students."""
 
 from sparselogits.lab.compare.comparison import compare
 from sparselogits.lab.compare.recipe import CompareRecipe, load_compare_recipe, parse_compare_recipe

@@ -258,7 +258,7 @@ def _fit_samplers(
     corpus: PackedCorpus,
     corruption: Corruption | None,
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """Return samplers fitted to their budgets, and the reasons for failures, by `Draw.fit_key`."""
+    """Return fitted samplers and the reasons for failures, both by `Draw.fit_key`."""
     samplers: dict[str, Sampler] = {}
     failures: dict[str, str] = {}
     pilot: list[Window] = []

@@ -2,7 +2,7 @@
 
     OUT/
       corpus/         training and held-out windows, packed
-      caches/         one cache per sampler, all from one pass of the teacher
+      caches/         one cache per sampler (and seed, with vary_draws)
       students/       students made from the teacher, see students.py
       tasks/          data of zero-shot tasks, see tasks.py
       runs/           trained students, see runs.py
@@ -56,7 +56,7 @@ class ComparisonState:
     """Outcomes of a comparison's runs, and the rows computed from them.
 
     Results are rewritten after every run, so a row is computed again only if its method, or a
-    method that it is compared with, has a new outcome.
+    method that it is compared with, has a new outcome or failure.
 
     Args:
         recipe: the comparison.
@@ -98,9 +98,9 @@ def compare(
         The results of all finished runs, as stored in results.json.
 
     Raises:
-        SparseLogitsError: If the teacher or the text cannot be used, the directory contains a model
-            or another comparison, or lm-eval is needed but not installed. The failure of a run, a
-            task or a measurement of gradients is recorded in the results instead.
+        SparseLogitsError: If the teacher, the text or a student cannot be used, the directory
+            contains a model or another comparison, or lm-eval is needed but not installed. The
+            failure of a run, a task or a measurement of gradients is recorded in the results.
     """
     if (recipe.out / "config.json").exists():
         raise InvalidArgumentError(

@@ -95,7 +95,9 @@ class MethodSpec(_Strict):
     )
     alpha: Fraction = Field(0.0, description="share of the labels' cross-entropy in the loss")
     beta: float | None = Field(
-        None, description="share of the teacher in the mixture of jensen_shannon"
+        None,
+        description="share of the teacher in the mixture of jensen_shannon, in (0, 1); "
+        f"{METHODS['jensen_shannon'].beta:g} when absent",
     )
     cosine: float = Field(
         0.0,
@@ -220,7 +222,7 @@ class FromTeacher(_Strict):
 
     @property
     def pruned(self) -> bool:
-        """Whether the student is smaller than the teacher."""
+        """Whether the student is pruned, that is, whether a size is given."""
         sizes = (self.layers, self.drop_layers, self.intermediate_size, self.heads)
         return any(size is not None for size in (*sizes, self.hidden_size))
 
@@ -320,8 +322,8 @@ class CompareRecipe(_Strict):
     )
     packing: Literal["joined", "documents"] = Field(
         "joined",
-        description="how documents become windows: joined and cut, or one padded document per "
-        "window (BERT)",
+        description="how documents become windows: joined (concatenated and cut), or documents "
+        "(one padded document per window, as for BERT)",
     )
     cache_batch: Count = Field(8, description="number of windows per forward pass of the teacher")
     draw_seed: Annotated[int, Field(ge=0)] = Field(
@@ -388,8 +390,8 @@ class CompareRecipe(_Strict):
             )
         if self.mask_span is not None and self.mask_units != "spans":
             raise ValueError(
-                f"mask_span={self.mask_span:g} needs mask_units: spans (found "
-                f"{self.mask_units or 'tokens'}); give it, or leave mask_span out"
+                f"mask_span={self.mask_span:g} needs mask_units: spans, found "
+                f"{self.mask_units or 'tokens'}; give mask_units: spans, or leave mask_span out"
             )
         return self
 

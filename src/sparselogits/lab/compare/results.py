@@ -27,7 +27,7 @@ class _Value(BaseModel):
 
 
 class Ends(_Value):
-    """Ends of a 95 % interval; None if too few values, or no finite interval, determine them."""
+    """Ends of a 95 % interval; None with too few values, or if no finite interval exists."""
 
     low: float | None
     high: float | None

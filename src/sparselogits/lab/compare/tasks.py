@@ -1,7 +1,7 @@
 """Score the finished students of a comparison and the teacher on zero-shot tasks.
 
-    OUT/tasks/NAME.jsonl            data of a local task, from the held-out windows
-    OUT/finished/tasks/KEY.json     scores of one model on one task, with a value per sample
+    OUT/tasks/NAME.jsonl            data of a local task, see lab/tasks/local.py
+    OUT/finished/tasks/KEY.json     scores of one model on one task, with the values per sample
 
 Scores are stored separately from the outcomes of runs and do not affect the fingerprints of runs,
 so that tasks can be added to a finished comparison without training again.

@@ -172,7 +172,7 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
                 f"{run.method}: {run.message or 'another process is training this method'}. Run "
                 "the same command again to continue the demo"
             )
-    messages.print("samples of text and the page ...")
+    messages.print("generating samples of text and the page ...")
     tokenizer = load_tokenizer(NAME)
     student = _save_student(out, runs[HEALED], tokenizer)
     teacher = load_teacher(NAME, tokenizer=tokenizer, dtype=demo_dtype())

@@ -1,4 +1,4 @@
-"""Compute the cost of a cache and of training from it; every constant has a source.
+"""Compute the cost of a cache and of training from it, from constants whose sources are stated.
 
 A matrix product with P parameters costs 2 P operations per token forward and 4 P backward (Kaplan
 et al. 2020, arXiv 2001.08361, section 2.1). The products inside attention are not counted; in a 1B
@@ -42,7 +42,7 @@ Measured with SmolLM2's tokenizer; slow tokenizers and compressed text take seve
 LIST_PAGE = 1000
 """Number of names per page when listing an object store; the limit of S3."""
 COLD_REQUESTS = 3
-"""Requests to read a window of a shard that is not open (benchmarks/object_store.json)."""
+"""Number of requests to read a window of an unopened shard (benchmarks/object_store.json)."""
 HOURS_BETWEEN_FAILURES = 50_700.0
 """Mean hours between failures of one device.
 

@@ -42,7 +42,7 @@ GRADIENT_BYTES = 4
 """Bytes per parameter for a float32 gradient."""
 # as in losses.chunked.default_chunk_rows; a test checks it
 CHUNK_SHARE, CHUNK_LEAST, CHUNK_MOST = 1 / 64, 64 * 2**20, 2**30
-"""Share of a device's memory for a chunk of float32 logits in the loss; size limits in bytes."""
+"""Share of a device's memory for a chunk of float32 logits in the loss, and its limits in bytes."""
 MARGIN = 0.08
 """Share of the device's memory for CUDA context, workspaces and fragmentation; an assumption."""
 

@@ -9,7 +9,7 @@ from sparselogits.objectives import Masked
 
 
 def headline(results: Results, student: str) -> str:
-    """Compare the method with the lowest loss with CE and full KD, in a few sentences.
+    """Describe the method with the lowest held-out loss, compared with CE and full KD.
 
     Methods that train without a cache are considered only if no other has a finished run.
 

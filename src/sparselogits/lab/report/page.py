@@ -129,7 +129,7 @@ class Methods:
 
     Args:
         looks: look of each method.
-        groups: group of each method; a group is shown or hidden as a whole.
+        groups: group of each method; a button of the page shows or hides all methods of a group.
         hidden: methods that are hidden when the page opens.
     """
 

@@ -76,7 +76,7 @@ def minimal_pairs(count: int, *, seed: int = 0) -> list[Pair]:
     """
     if not 0 <= count <= MOST:
         raise TaskError(
-            f"count={count}: the task agreement has at most {MOST} pairs; give a smaller count"
+            f"count={count}: the task agreement has at most {MOST} pairs; give 0 to {MOST}"
         )
     rng = random.Random(f"pairs {seed}")
     turns = itertools.cycle(itertools.product(_PHENOMENA, (0, 1)))
