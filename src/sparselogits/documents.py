@@ -4,8 +4,8 @@ transformers' attention infers document boundaries from position ids that restar
 architectures ignore such position ids: recurrent and hybrid models carry a state across the
 boundary; ALiBi and some learned positions depend on the position in the window. So
 `Documents.probe` runs a model on two short packed windows, and compares the states with those of
-each document run alone. If they are equal, the model runs packed windows; any other model runs each
-document as a separate sequence, with an attention mask for an encoder, which attends to padding.
+each document run alone. If the states are equal, the model runs packed windows; any other model
+runs each document as a separate sequence, with an attention mask if the model attends to padding.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Documents:
             input_ids: int64 [B, L].
             position_ids: int64 [B, L], zero where a document starts.
             one_call: whether to run separate documents in one call, padded to the longest one, so
-                that all ranks of a model with sharded weights make the same number of calls. It has
+                that all ranks of a model with sharded weights make the same number of calls; has
                 no effect in windows longer than `same_length_beyond`.
             mask_padding: whether to mark padding in `attention_mask`, for models that compute a
                 loss over all tokens of a call.
@@ -129,7 +129,7 @@ class Documents:
 
 @torch.no_grad()
 def require_masked_padding(model: nn.Module, run: Forward) -> None:
-    """Validate that padding that an attention mask marks does not change the outputs of a text.
+    """Validate that padding marked by an attention mask does not change the outputs for a text.
 
     Args:
         model: a transformers masked language model.

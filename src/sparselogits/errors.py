@@ -31,7 +31,7 @@ class InvalidLogitsError(SparseLogitsError, ValueError):
 
 
 class InvalidArgumentError(SparseLogitsError, ValueError):
-    """Raised if an option is out of range, or if options contradict each other."""
+    """Raised if an argument or option is invalid, or if several contradict each other."""
 
 
 class CorpusError(SparseLogitsError):

@@ -157,9 +157,9 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder whose content appears at a path when the block succeeds.
 
-    This is for content that other libraries write as several files, such as models. All files are
-    synced first. A new folder appears by one rename; an existing empty folder (perhaps a mount
-    point) is filled by one rename per entry.
+    Use this function for content that other libraries write as several files, such as models. All
+    files are synced first. A new folder appears by one rename; an existing empty folder (perhaps a
+    mount point) is filled by one rename per entry.
 
     Raises:
         StorageError: the folder cannot be written; the temporary folder has been removed.
@@ -205,7 +205,7 @@ def require_new_folder(path: Path) -> None:
 
 
 def is_clutter(name: str) -> bool:
-    """Return whether a file or folder of this name was created by the operating system."""
+    """Return whether operating systems create files or folders of this name."""
     # .nfs files are placeholders for files that were removed while they were open
     return name in ("lost+found", ".DS_Store") or name.startswith(".nfs")
 
@@ -306,7 +306,7 @@ def is_leftover(name: str) -> bool:
 def _is_dead(path: Path, found: re.Match[str]) -> bool:
     """Return whether the process that created a temporary file no longer runs.
 
-    For a process of another machine, this is assumed if the file has not changed for a day.
+    A process of another machine is assumed to be dead if the file has not changed for a day.
     """
     host, pid, started = found[1], int(found[2]), found[3]
     if host == _host():

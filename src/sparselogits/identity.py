@@ -51,7 +51,8 @@ class Identity:
         token_mask: sha256 of the bitmap that marks ids which are tokens; "all" if every id is one.
         window_length: number of positions per window.
         windows_per_shard: number of windows per shard file.
-        packing: separator and beginning-of-text ids, attention reset, hold-out share.
+        packing: separator and beginning-of-text ids, attention reset, hold-out share, and kind and
+            padding id if each window has one document.
         sampler: name and all parameters of the sampler.
         seed: seed that determines the uniforms, together with the window index.
         temperature: temperature by which the teacher's logits are divided before sampling.

@@ -323,8 +323,8 @@ def _logits_of(model: nn.Module, tokens: Tensor) -> Tensor | None:
 def output_columns(model: nn.Module) -> int:
     """Return the number of columns V of a model's logits.
 
-    This is the number of rows of the head, except where a model multiplies the output of its head
-    by the input embedding (DeBERTa).
+    V is the number of rows of the head, except where a model multiplies the output of its head by
+    the input embedding (DeBERTa).
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     rows = int(head.weight.shape[0])

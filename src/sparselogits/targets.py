@@ -297,11 +297,12 @@ class SparseTargets:
         )
 
     def mapped(self, image: Tensor, vocab_size: int) -> SparseTargets:
-        """Replace each id by its image under a map, and add the entries with equal images.
+        """Return targets in which each id is replaced by its image under a map.
 
-        The probability of an image is the sum of the probabilities of its ids. So if these targets
-        are unbiased for the teacher's distribution, the result is unbiased for the distribution of
-        the images. Counts remain counts, and the result can be thinned.
+        Entries with equal images are added. The probability of an image is the sum of the
+        probabilities of its ids, so if these targets are unbiased for the teacher's distribution,
+        the result is unbiased for the distribution of the images. Counts remain counts, and the
+        result can be thinned.
 
         Args:
             image: int64 [V'], new id of each id, V' at least `self.vocab_size`.
@@ -389,7 +390,7 @@ def thinning_choices(cached: int, kept: int) -> int:
     """Return the number of possible starts for thinning `cached` rounds per position to `kept`.
 
     Raises:
-        InvalidTargetsError: unless 1 <= kept <= cached.
+        InvalidTargetsError: `kept` is not in [1, cached].
     """
     if not 1 <= kept <= cached:
         raise InvalidTargetsError(

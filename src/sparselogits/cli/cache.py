@@ -452,7 +452,7 @@ def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> tuple[
 
 
 def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, float | None]:
-    """Return the sampler, and the budget to which it is fitted (None if options give its size)."""
+    """Return the sampler, and the budget to fit it to; None if options give the sampler's size."""
     from sparselogits.samplers import choose, samplers
 
     kind = samplers()[given["sampler"]]

@@ -1,4 +1,4 @@
-"""Define `sparselogits compare`, which trains a student by several methods and compares them."""
+"""Define `sparselogits compare`, which trains students by several methods and compares them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class BuildRole:
         leave_process_group()
 
     def wait_for_text(self, find: Callable[[], TextPlace], out: str | None = None) -> TextPlace:
-        """Wait until the first rank has packed the text and, at `out`, created the cache.
+        """Wait for the first rank to pack the text and create the cache; return where the text is.
 
         Args:
             find: function that returns the location of the packed text.

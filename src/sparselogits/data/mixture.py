@@ -29,11 +29,8 @@ from sparselogits.store.texts import named_texts
 from sparselogits.untrusted import shown
 
 Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Literal["best"]
-"""Weights of several teachers.
-
-These are one number per teacher, or one row of such numbers per text or per window, or "best",
-which selects the teacher with the lowest loss in each window.
-"""
+"""Weights of several teachers: one number per teacher, or one row of such numbers per text or per
+window, or "best" for the teacher with the lowest loss in each window."""
 
 _COMPARED_WINDOWS = 8  # windows whose text is compared when a mixture is created
 _SHOWN_ROWS = 16  # largest number of rows that an identity contains, instead of their hash
@@ -243,7 +240,7 @@ def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
 
 
 def _require_same_settings(one: Cache, other: Cache) -> None:
-    """Validate that two caches can be mixed: settings, tokenizer, and both biased or both not."""
+    """Validate that two caches agree in settings, tokenizer and whether they are unbiased."""
     names = ("window_length", "packing", "temperature", "objective")
     here, there = (
         {name: getattr(cache.identity, name) for name in names}

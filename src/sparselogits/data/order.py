@@ -4,8 +4,8 @@ The order of an epoch is a pseudo-random permutation of the windows: a Feistel n
 (seed, epoch) and applied repeatedly until the result is in range (cycle walking; Black and Rogaway,
 "Ciphers with arbitrary finite domains", 2002). Memory is constant, each position is computed
 independently, and all ranks compute the same order without communication. The state is (identity,
-seed, epoch, next position), so a run that stops on 8 ranks can resume on 6 or 16 and still visits
-every window exactly once per epoch.
+seed, epoch, next position), so a run that stops on 8 ranks can resume on 6 or 16, and still visits
+no window twice per epoch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WindowRequest:
 
     Args:
         index: index of the window in the dataset.
-        epoch: index of the epoch, from 0, which selects the rounds that thinning keeps.
+        epoch: index of the epoch, from 0, which determines the rounds that thinning selects.
         rounds: number of rounds per position after thinning; None for all cached rounds.
     """
 

@@ -89,7 +89,7 @@ def draft_and_verify(
     draft: int,
     generator: torch.Generator,
 ) -> Round:
-    """Draft tokens with the student, and verify them with the teacher.
+    """Draft tokens with the student, verify them with the teacher, and return the emitted tokens.
 
     The student runs once per drafted token, the teacher once. The student's vocabulary must contain
     all ids of the teacher's.

@@ -61,8 +61,8 @@ class HeldOut:
             None without a teacher.
         acceptance: mean probability that a token drafted by the model is accepted by the teacher,
             sum_i min(p_i, s_i) at every position, both at temperature one; None without a teacher.
-            With a draft vocabulary see `restricted_acceptance`; for the teacher it is then the mean
-            probability of the draft vocabulary, which no drafter can exceed.
+            With a draft vocabulary see `restricted_acceptance`; the teacher's metric is then the
+            mean probability of the draft vocabulary, which no drafter can exceed.
         calibration: calibration of the predictions.
         positions: number of positions with a label.
         loss_by_window: mean loss of each window, nats.
@@ -206,8 +206,8 @@ def evaluate(
     """Measure students, and optionally their teacher, on held-out windows.
 
     Args:
-        students: transformers language models by name, set to eval mode during the call. They are
-            masked language models if the windows are corrupted, otherwise causal ones.
+        students: transformers language models by name, set to eval mode during the call: masked
+            language models if the windows are corrupted, otherwise causal ones.
         windows: held-out text, tokenised with the tokenizer of teacher and students. With a draft
             vocabulary (`windows.draft`), students have a head for the classes of that vocabulary,
             and all metrics are those of the distributions over the classes.
@@ -302,7 +302,7 @@ def _measure_window(
 
 
 def _blocks(rows: int, taught: Tensor | None) -> Iterator[slice]:
-    """Divide rows of logits into blocks of `BLOCK_ROWS`; into one if the teacher's are on a GPU.
+    """Divide rows of logits into blocks of `BLOCK_ROWS`, or one block if the teacher is on a GPU.
 
     On a CPU, mapping memory for one large tensor would take longer than the arithmetic.
     """
