@@ -94,7 +94,7 @@ def import_collected(
 
     Args:
         data: path or pattern of JSON Lines or Parquet files, or a folder of such files.
-        tokenizer: tokenizer of the teacher.
+        tokenizer: transformers tokenizer of the teacher.
         out: output folder, which must be missing or empty.
         vocab_size: vocabulary size V, the number of logits per position of the teacher.
         teacher: name of the teacher, if known.

@@ -54,7 +54,7 @@ class _Settings(BaseModel):
 
 
 class ResidualBin(_Settings):
-    """Settings for a group of consecutive residuals that share a scale."""
+    """Settings for `num_elements` residuals of `element_bits` bits each that share one scale."""
 
     scale_dtype: _Float
     element_bits: Annotated[int, Field(ge=1, le=32)]

@@ -125,7 +125,7 @@ class Job:
         return records, provenance
 
     def _fingerprint(self, windows: Sequence[Window]) -> str:
-        """Return the fingerprint of windows in the provenance of their shard."""
+        """Return the fingerprint of windows, as recorded in their shard's provenance."""
         return fingerprint(windows, masks=self.corruption is None)
 
     def _windows(self, span: Range) -> list[Window]:

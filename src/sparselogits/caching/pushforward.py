@@ -45,7 +45,7 @@ class Aligned:
         starts: int32, positions of the tokens that begin a document.
         learnt: bool [n], whether each position predicts a token of the window that the loss mask of
             the teacher's cache includes.
-        source: int64 [n], the teacher's position from whose target that of each position is
+        source: int64 [n], position of the teacher's target from which each position's target is
             computed; -1 where the tokenisations share no boundary or the teacher has no target.
         begins: bool [n], whether the predicted token begins a document's text.
         closed: int64 [n], index of the byte after which text cannot change the predicted token.

@@ -31,7 +31,8 @@ from sparselogits.corpus import (
 )
 from sparselogits.corpus.packed import Paths, text_fingerprint
 from sparselogits.corpus.streams import part_name, writing_parquet, writing_part
-from sparselogits.corpus.token_bytes import ROLES, TokenBytes
+from sparselogits.corpus.token_bytes import TokenBytes
+from sparselogits.corpus.tokenizer_identity import ROLES
 from sparselogits.corpus.windows import text_length
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import write_whole
@@ -105,21 +106,22 @@ def retokenize(
 
     Args:
         cache: folder or URL of the teacher's cache.
-        tokenizer: tokenizer of the student, or its name.
+        tokenizer: transformers tokenizer of the student, or its name or folder.
         out: folder or URL of the new cache.
-        cache_tokenizer: tokenizer of the cache, or its name; None for the one in its folder.
+        cache_tokenizer: tokenizer of the cache, or its name or folder; None for the one in the
+            cache's folder.
         window: number of the student's tokens per window. Longer windows are cut, shorter ones
             padded. None for the length in `out` if it is continued, otherwise the longest of 256
             windows, or 1.25 times their mean if that is less and windows join documents; rounded up
             to a multiple of 8.
         special: special tokens of the student by those of the teacher, in addition to tokens of
             equal text or role. An empty string spells the token as text.
-        followed: largest number of following tokens of the text whose draws continue the rounds
-            that drew the token of the text; 0 counts each drawn token for the first student token
-            of its own bytes, so that long tokens of the student get too little probability.
-        elsewhere: targets of the other positions: "text" for the token of the text, which is
-            cross-entropy; "none" for no target and no loss.
-        progress: called with the numbers of windows done and in total.
+        followed: largest number of tokens of the text through which the rounds that drew them are
+            continued (see `pushforward`); 0 maps each drawn token by its own bytes alone, so that
+            long tokens of the student get too little probability.
+        elsewhere: targets of positions without a shared boundary: "text" for the token of the text,
+            which is cross-entropy; "none" for no target and no loss.
+        progress: called after each window with the numbers of windows done and in total.
 
     Raises:
         InvalidArgumentError: the tokens of a tokenizer do not determine the bytes of a text, a

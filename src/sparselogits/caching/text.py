@@ -185,6 +185,6 @@ def _folders(cache: Path) -> list[Path]:
 
 
 def read_windows(corpus: PackedCorpus, first_window: int, start: int, stop: int) -> list[Window]:
-    """Read the windows [start, stop) of a text whose first window has the index `first_window`."""
+    """Read the windows [start, stop) of a cache from the text that begins at `first_window`."""
     windows = corpus.read(start - first_window, stop - first_window)
     return [replace(window, index=first_window + window.index) for window in windows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
@@ -339,7 +340,7 @@ def cache(
         there = "was" if report.windows_found == 1 else "were"
         messages.print(f"{counted(report.windows_found, 'window')} {there} in the cache already")
     if role.is_first:
-        text = source.selection() | {"summary": corpus.summary.to_json()}
+        text = source.selection() | {"summary": asdict(corpus.summary)}
         print_info(out, as_json, text=text)
         if not as_json and only is None:
             print_train_command(out, tokenizer=teacher)

@@ -45,7 +45,7 @@ class DocumentLabels:
         data: text from which the corpus was packed, as for `open_source`.
         field: name of the field with the label, see `Fields.label`.
         tokenizer: tokenizer with which the text was packed.
-        split: split of a dataset.
+        split: split that was packed, if the dataset has several.
 
     Raises:
         IdentityMismatchError: the corpus was packed from other text, or with another tokenizer.

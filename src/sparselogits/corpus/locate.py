@@ -48,7 +48,7 @@ class LeftOut:
     """Relative names of the files."""
 
     def in_words(self, one: str = "", several: str = "") -> str:
-        """Return the number of files, the reason and up to three names, for display.
+        """Return a phrase with the number of files, the reason and up to three names, for display.
 
         The clause `one` follows the number 1, and the clause `several` any other number.
         """

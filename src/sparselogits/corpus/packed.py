@@ -11,7 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,6 @@ class CorpusSummary:
     """Rule of the hold-out, "documents" or "windows"; None without a hold-out."""
     split_documents: int = 0
     """Number of documents with both training and held-out tokens."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as plain JSON values."""
-        return asdict(self)
 
 
 class PackedCorpus:

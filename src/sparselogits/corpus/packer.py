@@ -8,10 +8,10 @@
       index.json                      lengths, totals, hold-out; written last
 
 The source is divided into portions of about `PART_BYTES`, and each portion becomes one part of the
-stream. Portions depend only on the source, so the bytes on disk depend neither on the number of
-processes nor on interruptions: a finished part is not written again, and an interruption costs at
-most one portion per process. Memory is bounded by one batch of text and one row group of tokens. A
-packed corpus occupies about two bytes per token.
+stream. Portions depend only on the source and their size, so the bytes on disk depend neither on
+the number of processes nor on interruptions: a finished part is not written again, and an
+interruption costs at most one portion per process. The memory of a process is bounded by one batch
+of text and one row group of tokens. A packed corpus occupies about two bytes per token.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Fields:
     text: str = "text"
     """Name of the field with plain text or a conversation."""
     completion_only: bool = False
-    """Whether only completions carry targets; every record must then have a completion."""
+    """Whether only completions carry targets; records of plain text are then rejected."""
     chat: ChatTemplate | None = None
     """Template that renders conversations to text; None if the tokenizer has no template."""
     tokens: TokenReading | None = None
@@ -241,7 +241,7 @@ def _intersect(
 
 
 def _render(record: Record, names: Sequence[str], fields: Fields) -> Rendered | None:
-    """Return a conversation as text; None if no text, or with `completion_only` no completion."""
+    """Return the rendering of a conversation; None if it has no text that carries targets."""
     values, where, _ = record
     try:
         unread = fields.chat.unread(EXTRAS) if fields.chat is not None else ()

@@ -186,7 +186,10 @@ class _Turns:
         return next((token for token in self._closing if self._text.startswith(token, at)), "")
 
     def _position_of(self, number: int, marked: Message) -> int | None:
-        """Return the marker's position in the text, given the marked copy of a message."""
+        """Return the marker's position in the text, given a marked copy of message `number`.
+
+        The result is None if the template writes the marker nowhere, or changes the text with it.
+        """
         before, after = self._messages[:number], self._messages[number + 1 :]
         return self._render.marker_position([*before, marked, *after], self._text)
 

@@ -58,7 +58,7 @@ class Source:
     files: tuple[SourceFile, ...]
     """Files that are read, in order."""
     fields: Fields
-    """Names of the fields that contain text."""
+    """Names of the fields that contain text, and settings for reading them."""
     left_out: tuple[LeftOut, ...] = ()
     """Files that were found but are not read, by reason, for display."""
     shared: tuple[LeftOut, ...] = ()

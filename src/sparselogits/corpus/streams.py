@@ -249,7 +249,7 @@ class TokenStream:
         return int(self._bounds[part])
 
     def part_at(self, position: int) -> int:
-        """Return the part that contains the token at a position of the stream."""
+        """Return the number of the part that contains the token at a position of the stream."""
         return int(np.searchsorted(self._bounds, position, side="right")) - 1
 
     def path(self, part: int) -> Path:

@@ -18,17 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from sparselogits.corpus.tokenizer_identity import ROLES
 from sparselogits.corpus.tokenizing import added_tokens
 from sparselogits.errors import InvalidArgumentError
 
 SPACE_MARK = "\u2581"
 """Character by which SentencePiece tokenizers write a space."""
-
-ROLES = ("eos", "bos", "unk", "sep", "pad", "cls", "mask")
-"""Roles of special tokens, as in the attributes `eos_token_id`, ... of a transformers tokenizer.
-
-A token with several roles is mapped to another tokenizer by the first of them.
-"""
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _LOSSLESS_NORMALISERS = {"NFC", "Prepend", "ByteLevel"}

@@ -94,7 +94,7 @@ def token_piece(
     Args:
         ids: integer [N] token ids without padding.
         where: function that returns the name of the row, for errors.
-        reading: settings.
+        reading: settings, with `packing` and `vocab_size` set.
         size: number of bytes that the row occupies in the source.
         learnt: whether each token carries a target, bool [N]; None if all tokens do.
         starts: positions greater than 0 at which documents begin; None for one document.

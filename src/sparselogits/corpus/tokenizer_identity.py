@@ -20,8 +20,13 @@ from sparselogits.allowances import refuse
 from sparselogits.errors import IdentityMismatchError, SparseLogitsWarning
 from sparselogits.identity import canonical_json
 
+ROLES = ("eos", "bos", "unk", "sep", "pad", "cls", "mask")
+"""Roles of special tokens, as in the attributes `eos_token_id`, ... of a transformers tokenizer.
+
+A token with several roles is mapped to another tokenizer by the first of them.
+"""
+
 _MOST_RECORDED = 512  # maximum number of added tokens in a record
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class TokenizerFingerprint(str):
@@ -69,12 +74,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
     The fingerprint of a fast tokenizer is computed from the canonical JSON of the compiled
     tokenizer, without the state of the last call (truncation, padding), that of a slow tokenizer
     from its class, its vocabulary and the vocabulary files; both also from the ids of the special
-    tokens and `split_special_tokens`. Saving and loading a tokenizer does not change either.
+    tokens and `split_special_tokens`. Saving and loading a tokenizer preserves its fingerprint.
 
     Args:
         tokenizer: a transformers tokenizer.
     """
-    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _ROLES}
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ROLES}
     split = bool(getattr(tokenizer, "split_special_tokens", False))
     described: dict[str, Any] = {"special": special, "split_special_tokens": split}
     if getattr(tokenizer, "is_fast", False):
@@ -93,7 +98,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
         }
         described |= meaning
         added = {str(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-    roles = {name: getattr(tokenizer, f"{name}_token", None) for name in _ROLES}
+    roles = {name: getattr(tokenizer, f"{name}_token", None) for name in ROLES}
     named = {name: str(token) for name, token in roles.items() if token is not None}
     return TokenizerFingerprint(_sha256(described), _sha256(meaning), added, named)
 
@@ -123,7 +128,8 @@ def require_tokenizer(
         allow: names of `ALLOWANCES`; "other-tokenizer" turns the error into a warning.
 
     Raises:
-        IdentityMismatchError: an id stands for another token.
+        IdentityMismatchError: an id stands for another token, or `recorded` is None and the
+            fingerprints differ.
     """
     found = tokenizer
     if not isinstance(tokenizer, TokenizerFingerprint):
@@ -176,7 +182,7 @@ def _difference(
     other = cached_roles if isinstance(cached_roles, Mapping) else {}
     differences = [
         f"{role} is {found.roles.get(role)!r} here and {other.get(role)!r} in {origin}"
-        for role in _ROLES
+        for role in ROLES
         if found.roles.get(role) != other.get(role)
     ]
     if isinstance(cached_added, Mapping):

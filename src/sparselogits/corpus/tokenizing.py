@@ -221,8 +221,8 @@ def packing_for(
     the added token with the first name of `END_OF_TEXT`; the end-of-sequence token. The reason for
     this order: chat models end a *turn* with their end-of-sequence token (`<|im_end|>`,
     `<|eot_id|>`), while their base models were trained on documents that end with an end-of-text
-    token. The padding token is never the separator. It pads the windows of the kind "documents";
-    without a padding token, the separator does.
+    token. The padding token is never the separator. Windows of the kind "documents" are padded with
+    the padding token, or with the separator if there is none.
 
     Documents begin with a beginning-of-text token only if the tokenizer adds one to text.
 

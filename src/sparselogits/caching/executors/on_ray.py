@@ -89,7 +89,7 @@ def build_caches_on_ray(
     Raises:
         MissingDependencyError: Ray is not installed.
         CacheError: `TRIES` actors died on the same range, or while loading the teacher.
-        SparseLogitsError: an actor raised an error; a StorageError only at the last of `TRIES`.
+        SparseLogitsError: an actor raised an error; if a StorageError, for the `TRIES`th time.
     """
     ray = connect()
     missing = job.missing(ranges)
@@ -163,7 +163,7 @@ class _Actors:
 
         Raises:
             CacheError: `TRIES` actors died.
-            SparseLogitsError: the call raised an error; a StorageError only at the last of `TRIES`.
+            SparseLogitsError: the call raised an error; if a StorageError, for the `TRIES`th time.
         """
         errors = self._ray.exceptions
         try:

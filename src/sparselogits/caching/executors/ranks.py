@@ -91,7 +91,7 @@ def wait_for_first_rank(
         every: time between two calls of `begun`, in seconds.
 
     Raises:
-        CacheError: the caches do not exist after that time.
+        CacheError: the caches do not exist after `seconds` seconds.
     """
     end = time.monotonic() + seconds
     while not begun():

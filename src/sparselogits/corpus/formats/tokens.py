@@ -201,7 +201,7 @@ class Megatron(TokenFormat):
     weak_suffixes = (".idx",)
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """Return the path of the index and the path of the file that contains the ids."""
+        """Return the paths of the index and of its ids. Raises CorpusError if ids are missing."""
         ids = path.with_suffix(".bin")
         if not ids.is_file():
             raise CorpusError(
