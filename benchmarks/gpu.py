@@ -12,7 +12,9 @@ states the reason for each part that is not measured.
               the peak of memory. The other losses run with their package if it is installed
               (`pip install liger-kernel quack-kernels cut-cross-entropy`). Every loss runs first
               with each chunk setting of `LOSSES`, and is compared with its fastest.
-    sampling  the samplers, over a softmax into an existing buffer
+    sampling  the samplers, over a softmax into an existing buffer, with the blocks summed by the
+              Triton kernel and by PyTorch's operations (in a rehearsal by the C function and by
+              PyTorch's operations)
     build 1B  sampling and a whole build, over the teacher's forward pass. The teacher has the shape
               of Llama 3.2 1B and random bfloat16 weights, made on the device. Its distribution is
               nearly uniform, so draws are spread over more blocks of the vocabulary and sampling
@@ -63,7 +65,7 @@ from cache_build import over_forward
 from loss import products, sparse_targets
 from measuring import interleaved, machine, publish, ratios, seconds_of, spread
 from memory import peak_bytes
-from sampling import over_softmax, teacher_like
+from sampling import by_pytorch, over_softmax, teacher_like
 from sparselogits.corpus import (
     PackedCorpus,
     open_source,
@@ -74,7 +76,7 @@ from sparselogits.corpus import (
 from sparselogits.data import CacheDataset, TextDataset
 from sparselogits.files import write_whole
 from sparselogits.losses import linear_sparse_cross_entropy
-from sparselogits.samplers import Systematic
+from sparselogits.samplers import Systematic, compiled
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective
 from step import batches, stepper
@@ -392,12 +394,17 @@ def one_loss(sizes: Sizes, row: dict[str, Any], written: Callable[[], None]) -> 
 
 def measure_sampling(sizes: Sizes, scratch: Path, write: Write) -> None:
     """Measure the samplers relative to a softmax, in both dtypes."""
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     vocabulary = sizes.models["8B"]["vocab_size"]
     for dtype in (torch.float32, torch.bfloat16):
         logits = teacher_like(sizes.positions, vocabulary, sizes.device).to(dtype)
-        found = over_softmax(logits, torch.empty_like(logits), sizes.repeats, sizes.clock)
-        results[str(dtype).removeprefix("torch.")] = found
+        measured = partial(
+            over_softmax, logits, torch.empty_like(logits), sizes.repeats, sizes.clock
+        )
+        found = results[str(dtype).removeprefix("torch.")] = measured()
+        found["kernel"] = logits.is_cuda and compiled.fastest_for(logits) is not None
+        write(results)
+        found["by_pytorch"] = measured(by_pytorch)["ratio_to_softmax"]
         write(results)
 
 

@@ -209,7 +209,8 @@ def sampling(found: dict[str, Any]) -> str:
         + f"\n\nThe softmax itself takes {number(seconds[0])} s in warm memory and "
         f"{number(seconds[1])} s by default, where its result is written to pages that are mapped "
         "again, which causes the ratios below one in the last column. Largest error of a marginal: "
-        f"{number(found['warm']['marginal_error'])}."
+        f"{number(found['warm']['marginal_error'])}. On CUDA a Triton kernel sums the blocks"
+        + ("." if (HERE / "gpu.json").exists() else ", which is not measured on a GPU.")
     )
 
 
@@ -283,11 +284,17 @@ def gpu_loss(results: dict[str, Any]) -> str:
 def gpu_sampling(results: dict[str, Any]) -> str:
     """Return the table of the samplers on a GPU."""
     rows = [
-        (dtype, name, marked(ratio, most=SAMPLING_TARGET), found["softmax_seconds"])
+        (
+            *(dtype, name, "yes" if found["kernel"] else "no"),
+            marked(ratio, most=SAMPLING_TARGET),
+            found.get("by_pytorch", {}).get(name, "not measured"),
+            found["softmax_seconds"],
+        )
         for dtype, found in results.items()
         for name, ratio in found["ratio_to_softmax"].items()
     ]
-    return table(("logits", "sampler", "over a softmax", "softmax, s"), rows)
+    header = ("logits", "sampler", "Triton kernel", "over a softmax", "without kernel")
+    return table((*header, "softmax, s"), rows)
 
 
 def gpu_build(results: dict[str, Any]) -> str:

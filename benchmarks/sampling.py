@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ import torch
 from torch import Tensor
 
 from measuring import interleaved, machine, publish, ratios, spread
-from sparselogits.samplers import Multinomial, Systematic, Threshold, TopK, window_uniforms
-from sparselogits.samplers.compiled import library
+from sparselogits.samplers import (
+    Multinomial,
+    Systematic,
+    Threshold,
+    TopK,
+    compiled,
+    window_uniforms,
+)
 from sparselogits.samplers.distribution import Blocks
 
 WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999"}
@@ -66,15 +73,33 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     buffer = torch.empty_like(logits) if arguments.condition != "default" else None
     return {
         "machine": machine(),
-        "compiled": library() is not None,
+        "compiled": compiled.library() is not None,
         "entropy_nats": float(entropy),
         **over_softmax(logits, buffer, arguments.repeats, arguments.clock),
         "marginal_error": marginal_error(logits[:64]),
     }
 
 
-def over_softmax(logits: Tensor, buffer: Tensor | None, repeats: int, clock: str) -> dict[str, Any]:
-    """Measure a softmax (into a buffer if given), and the samplers' times relative to it."""
+def by_pytorch(run: Callable[[], object]) -> object:
+    """Run with block sums by PyTorch's operations instead of a compiled function."""
+    fastest, compiled.fastest_for = compiled.fastest_for, lambda _: None
+    try:
+        return run()
+    finally:
+        compiled.fastest_for = fastest
+
+
+def over_softmax(
+    logits: Tensor,
+    buffer: Tensor | None,
+    repeats: int,
+    clock: str,
+    change: Callable[[Callable[[], object]], object] = lambda run: run(),
+) -> dict[str, Any]:
+    """Measure a softmax (into a buffer if given), and the samplers' times relative to it.
+
+    `change` calls each sampler, such as `by_pytorch`.
+    """
     samplers = [Systematic(50), Systematic(12), Multinomial(50), Threshold(0.02), TopK(12)]
     runs: dict[str, Callable[[], object]] = {
         "softmax": lambda: torch.softmax(logits, -1, out=buffer)
@@ -82,7 +107,7 @@ def over_softmax(logits: Tensor, buffer: Tensor | None, repeats: int, clock: str
     for sampler in samplers:
         uniforms = window_uniforms(0, 0, len(logits), sampler.uniforms_per_position)
         uniforms = uniforms.to(logits.device)
-        runs[str(sampler)] = lambda sampler=sampler, uniforms=uniforms: sampler(logits, uniforms)
+        runs[str(sampler)] = partial(change, partial(sampler, logits, uniforms))
     seconds = interleaved(runs, repeats, clock=clock)
     return {
         "softmax_seconds": spread(seconds["softmax"], 7),

@@ -75,7 +75,9 @@ def test_a_rehearsal_runs_every_part(gpu, report, tmp_path, tokenizer, monkeypat
     assert results["sampling"].keys() == {"float32", "bfloat16"}
     for sampling in results["sampling"].values():
         assert len(sampling["ratio_to_softmax"]) == 5
+        assert sampling["by_pytorch"].keys() == sampling["ratio_to_softmax"].keys()
         assert all(map(is_spread, sampling["ratio_to_softmax"].values()))
+        assert not sampling["kernel"]
     for name in ("build 1B", "build 8B"):
         assert is_spread(results[name]["build_over_forward"])
         assert results[name]["parameters"] > 0

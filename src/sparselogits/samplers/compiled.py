@@ -1,4 +1,4 @@
-"""Sum blocks of weights with a C function that is compiled when it is first needed.
+"""Sum blocks of weights with a function in C or Triton that is compiled when it is first needed.
 
 `block_sums.c` replaces PyTorch's operations in `distribution.sum_by_block` by one pass over each
 row. The system's C compiler (environment variable CC, `cc` by default) compiles the source to a
@@ -7,6 +7,9 @@ results for test logits are bitwise equal to those of PyTorch with one thread, s
 same bytes with and without a compiler. With three or more threads, torch.exp2 may differ in the
 last bit of weights where a thread's share ends inside a vector; the C function never does.
 `CC=false` disables compilation.
+
+On CUDA the function is the Triton kernel of triton_sums.py. Its results may differ from PyTorch's
+in low-order bits, so it is used from the first logits on. Each device is checked once per process.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import os
 import shlex
 import subprocess
 import tempfile
+import warnings
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -25,9 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselogits.errors import SparseLogitsWarning, reason_of
+
 Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Largest logits [P, 1], shifts [P, 1], sums of weights [P, B], and sums of weights times exponents
 [P, B], which are None if they are not requested."""
+
+Kernel = Callable[[Tensor, float, bool], Sums]
+"""Function of logits [P, V], exponent and `with_moment`; see `triton_sums.block_sums`."""
 
 WORTHWHILE = 2**26
 """Number of logits after which a process compiles the function.
@@ -94,6 +104,40 @@ class Library:
             None if moments is None else moments.data_ptr(),
         )
         return peaks, shifts, sums, moments
+
+
+def fastest_for(logits: Tensor) -> Library | Kernel | None:
+    """Return the function that sums logits [P, V] fastest; None for PyTorch's operations."""
+    if logits.is_cuda and logits.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return kernel_on(logits.device, logits.dtype)
+    return library_for(logits)
+
+
+@cache
+def kernel_on(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """Return the Triton kernel for a device; None, with a warning, if it fails or is inaccurate.
+
+    The result is None without a warning if Triton is not installed.
+    """
+    try:
+        from sparselogits.samplers import triton_sums
+
+        if triton_sums.is_accurate(device, dtype):
+            return triton_sums.block_sums
+        found = "its results differ from those of PyTorch"
+    except ModuleNotFoundError as error:
+        _log.info("block sums were not compiled: %s", error)
+        return None
+    except Exception as error:  # Triton, its compilers and the driver share no class of errors
+        found = f"{type(error).__name__}: {reason_of(error)}"
+    warnings.warn(
+        f"the Triton kernel that samples {dtype} logits cannot be used on {device}: {found}. "
+        "PyTorch's operations are used, which read the logits several times; the targets may "
+        "differ in rounding from those of other devices",
+        SparseLogitsWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 def library_for(logits: Tensor) -> Library | None:

@@ -6,6 +6,7 @@ into blocks of 64 ids. `Blocks.of` sums the weights of each block in float32 (po
 accuracy of 1e-9 requires it. `Blocks.tokens_at` searches the running block sums, which are integers
 so that every device and batch size gives the same result, and computes float64 weights only for the
 blocks that it finds. docs/theory.md states the accuracy; benchmarks/sampling.py measures the time.
+The first step has faster forms in C and, for CUDA, in Triton (compiled.py).
 
 Memory beyond the logits on a CPU: 2 MiB of float32 weights, and 24 bytes per block at each of 64
 positions. A vocabulary whose size is not a multiple of 64 is padded, 64 positions at a time.
@@ -37,15 +38,15 @@ LARGEST_LOGIT = 2.0**24
 """Largest valid magnitude of a row's largest logit; float32 cannot represent larger shifts."""
 
 _TINY = torch.finfo(torch.float64).tiny
-_LOG2_E = 1 / math.log(2)
-_NOTHING = -1e3  # a finite exponent for which the weight is 0, since 0 * -inf is NaN
+LOG2_E = 1 / math.log(2)
+NOTHING = -1e3  # a finite exponent for which the weight is 0, since 0 * -inf is NaN
 # Exponent of the likeliest token: the exponents of light blocks are then close to zero, where
 # float32 is more accurate. The other blocks are computed again in float64.
-_PEAK = 8
+PEAK = 8
 # A block is heavy, and summed in float64, if its sum exceeds this times the square of the total.
 # Then its share of the mass, times the largest probability, exceeds 2**-14. The float32 errors of
 # the other blocks change no marginal by 1e-9.
-_HEAVY = 2.0 ** (-14 - _PEAK)
+_HEAVY = 2.0 ** (-14 - PEAK)
 _UNIT = 2**20  # scale of the fixed-point total, which does not depend on the order of the sum
 _SCRATCH = {"cpu": 2**19, "other": 2**26}  # number of float32 weights in memory together
 
@@ -92,8 +93,8 @@ class Blocks:
             InvalidLogitsError: the largest logit of a row is NaN or beyond `LARGEST_LOGIT`.
         """
         whole = _whole_blocks(logits.detach())
-        library = compiled.library_for(whole) if exponent != 0 else None
-        peak, blocks = sum_by_block(whole, exponent, with_moment, library)
+        fast = compiled.fastest_for(whole) if exponent != 0 else None
+        peak, blocks = sum_by_block(whole, exponent, with_moment, fast)
         _require_in_range(logits, peak, first_position)
         return blocks
 
@@ -105,20 +106,20 @@ class Blocks:
     @property
     def log_normaliser(self) -> Tensor:
         """Logarithm of the sum of exp(e * z_i) over the vocabulary, float64 [R, 1]."""
-        return (self.total.log2() + self.shift) / _LOG2_E
+        return (self.total.log2() + self.shift) / LOG2_E
 
     @property
     def entropy(self) -> Tensor:
         """Entropy of the proposal in nats, float64 [R]; available only if `moment` was computed."""
         assert self.moment is not None
         total = self.total[:, 0]
-        return (total.log2() - self.moment / total) / _LOG2_E
+        return (total.log2() - self.moment / total) / LOG2_E
 
     def weights_of(self, logits: Tensor, shift: Tensor) -> Tensor:
         """Return the float64 weights of logits [H, n], given the shift [H, 1] of each row."""
         if self.exponent == 0:
             return (logits > -torch.inf).double()  # 0 * inf is NaN
-        return torch.add(-shift, logits.double(), alpha=self.exponent * _LOG2_E).exp2_()
+        return torch.add(-shift, logits.double(), alpha=self.exponent * LOG2_E).exp2_()
 
     def weights_in(self, blocks: Tensor) -> Tensor:
         """Return float64 weights [H, 64] in blocks; block b of row r has the index r * B + b."""
@@ -245,20 +246,24 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 
 
 def sum_by_block(
-    logits: Tensor, exponent: float, with_moment: bool, library: compiled.Library | None
+    logits: Tensor,
+    exponent: float,
+    with_moment: bool,
+    library: compiled.Library | compiled.Kernel | None,
 ) -> tuple[Tensor, Blocks]:
     """Sum the proposals of contiguous logits by block; return the largest logits and the sums.
 
     The results of the compiled library, and of PyTorch if `library` is None, are bitwise equal.
+    Those of the kernel for CUDA differ by rounding; see triton_sums.py.
     """
-    if library is None:
-        peak, shift, sums, moments = _torch_sums(logits, exponent, with_moment)
-    else:
-        slope, factors = exponent * _LOG2_E, _factors(exponent)
+    if isinstance(library, compiled.Library):
+        slope, factors = exponent * LOG2_E, _factors(exponent)
         peak, shift, sums, moments = library.sums(logits, slope, factors, _HEAVY, with_moment)
+    else:
+        peak, shift, sums, moments = (library or _torch_sums)(logits, exponent, with_moment)
     moment = None if moments is None else moments.sum(-1)
     blocks = Blocks(logits, shift, sums, exponent, moment=moment)
-    if library is None:
+    if not isinstance(library, compiled.Library):
         total = (sums * _UNIT).to(torch.int64).sum(-1, keepdim=True).double() / _UNIT
         heavy = (sums > _HEAVY * total.square()).flatten().nonzero()[:, 0]
         sums.view(-1)[heavy] = blocks.weights_in(heavy).sum(-1)
@@ -287,13 +292,13 @@ def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.
         if exponent == 0:
             torch.gt(chunk, -torch.inf, out=weight)  # 0 * inf is NaN
         else:
-            shifts[part] = peaks[part] * factor - _PEAK
+            shifts[part] = peaks[part] * factor - PEAK
             torch.add(-shifts[part], chunk, alpha=factor, out=power)
             power.add_(power, alpha=remainder)
             torch.exp2(power, out=weight)
         sums[part] = weight.view(-1, blocks, BLOCK).sum(-1)
         if moments is not None:
-            torch.mul(weight, power.clamp_min_(_NOTHING), out=power)
+            torch.mul(weight, power.clamp_min_(NOTHING), out=power)
             moments[part] = power.view(-1, blocks, BLOCK).sum(-1)
     return peaks, shifts.double() * (1 + remainder), sums, moments
 
@@ -307,8 +312,8 @@ def _factors(exponent: float) -> tuple[float, float]:
     """
     if exponent == 0:
         return 0.0, 0.0
-    factor = float(np.float32(exponent * _LOG2_E / (1 + 2.0**-10)))
-    return factor, float(np.float32(exponent * _LOG2_E / factor - 1))
+    factor = float(np.float32(exponent * LOG2_E / (1 + 2.0**-10)))
+    return factor, float(np.float32(exponent * LOG2_E / factor - 1))
 
 
 def _require_in_range(logits: Tensor, peak: Tensor, first_position: int) -> None:
