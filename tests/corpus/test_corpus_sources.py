@@ -143,8 +143,10 @@ def test_files_behind_a_loaded_dataset(tmp_path, stories):
     )
     [file] = arrow_files(loaded, "lines")
     assert list(open_source(file.path).documents()) == stories
-    with pytest.raises(CorpusError, match="100 of 200 rows"):
+    with pytest.raises(CorpusError, match="has 100 rows, but its Arrow files have 200"):
         arrow_files(loaded.select(range(100)), "lines")
+    with pytest.raises(CorpusError, match="has 1 rows, but its Arrow files have 0"):
+        arrow_files(datasets.Dataset.from_list([{"text": "a"}]), "lines")
 
 
 def test_other_columns_and_nulls(tmp_path):

@@ -122,8 +122,8 @@ def _require_finite(engine: Engine, logits: Tensor, positions: Tensor, length: i
     if not bool(broken.any()):
         return
     position, dtype = int(positions[int(broken.nonzero()[0, 0])]), engine.identity.get("dtype", "")
-    why = f", in {dtype}: weights are damaged or activations overflow. Use --dtype float32, or "
-    why += "download the weights again"
+    why = f", in {dtype}: weights are damaged or activations overflow. Download the weights again"
+    why += "" if dtype == "float32" else ", or use --dtype float32"
     if dtype == "float16":
         why = ": activations overflow in float16, whose largest number is 65 504. Use --dtype "
         why += "bfloat16 or float32"

@@ -402,7 +402,7 @@ def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
             rows += sum(batch.num_rows for batch in pa.ipc.open_stream(source))
     if not paths or rows != dataset.num_rows:
         raise CorpusError(
-            f"{name} is part of a dataset ({dataset.num_rows} of {rows} rows); load it with "
+            f"{name} has {dataset.num_rows} rows, but its Arrow files have {rows}; load it with "
             "`datasets`, save it with save_to_disk, and name the folder instead"
         )
     return [SourceFile(path, path.name, Arrow()) for path in paths]

@@ -153,7 +153,7 @@ class Source:
             if tokens.joined and packing is not None and packing.of_documents:
                 raise InvalidArgumentError(
                     "found join_rows with the packing kind 'documents'; joined rows are no "
-                    "documents, so leave one of them out (--join-rows, --packing documents)"
+                    "documents, so leave out --join-rows or --packing documents"
                 )
             tokens = replace(tokens, packing=packing, vocab_size=vocab_size)
             return replace(self, fields=replace(self.fields, tokens=tokens))

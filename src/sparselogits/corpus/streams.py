@@ -378,8 +378,8 @@ def _require_plausible_group(path: Path, file: pq.ParquetFile, group: int) -> No
             size, start = chunk.total_compressed_size, chunk.data_page_offset
             if chunk.has_dictionary_page or not 0 <= size <= _LARGEST_PACKED:
                 raise PartError(
-                    f"column {number} has {size} bytes, expected no dictionary and at most "
-                    f"{_LARGEST_PACKED}"
+                    f"column {number} has {size} bytes (dictionary: {chunk.has_dictionary_page}), "
+                    f"expected at most {_LARGEST_PACKED} (dictionary: False)"
                 )
             _require_plausible_pages(os.pread(descriptor, size, start))
     finally:

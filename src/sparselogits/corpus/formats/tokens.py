@@ -148,8 +148,8 @@ class Datatrove(_Stream):
         if rest or (last is not None and last != count):
             expected = f"{last} ids" if last is not None else "a whole number of ids"
             raise CorpusError(
-                f"{file.name} has {size:,} bytes, expected {expected} of {width} bytes, so it is "
-                "incomplete, or its index belongs to another file; download both again"
+                f"{file.name} has {size:,} bytes, expected {expected} of {width} bytes, so the "
+                "file, its index or its metadata is damaged or of another file; download all again"
             )
         if learnt is not None and learnt.stat().st_size != count:
             raise CorpusError(
