@@ -1,4 +1,4 @@
-"""Compute losses of a student with a cached (sparse) or an online (dense) teacher."""
+"""Compute the loss of a student against a cached (sparse) or an online (dense) teacher."""
 
 from sparselogits.losses.call import LossParts
 from sparselogits.losses.criterion import Criterion, MissingMass, require_rule_for

@@ -1,7 +1,7 @@
 """Validate the tensors of one call of a loss, and attach the computed gradients to the loss.
 
-Every loss starts with `prepare` and ends with `Call.finish`. Sums and gradients are computed in
-between, without autograd. No function here synchronises with the device.
+Every loss starts with `prepare`. All but the reference compute sums and gradients without autograd,
+and end with `Call.finish`. No function here synchronises with the device.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LossAndGradients(NamedTuple):
 
     Attributes:
         kd: sum of row_weight * kd, 0-dimensional.
-        ce: sum of row_weight * ce, 0-dimensional.
+        ce: sum of row_weight * ce, 0-dimensional; 0 if ce is not computed.
         gradients: gradients of the sum of row_weight * ((1 - alpha) kd + alpha ce) with respect to
             the `Operands`; None for those not requested.
     """
@@ -99,7 +99,7 @@ class Call:
         )
 
     def finish(self, sums: LossAndGradients, *, with_ce: bool) -> LossParts:
-        """Return the reduced loss with the gradients attached, and with ce if it was computed."""
+        """Return the reduced loss with gradients attached, and its parts; `with_ce` includes ce."""
         alpha = self.criterion.alpha
         kd, ce = sums.kd * self.factor, sums.ce * self.factor
         # With alpha = 0, ce is only logged: it may be infinite, and 0 * inf would be NaN.
@@ -179,7 +179,7 @@ def _as_autocast_would(operands: Operands) -> Operands:
 
 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:  # noqa: A002
-    """Validate that input [..., D], weight [V, D] and bias [V] match in shape and dtype."""
+    """Validate that input [..., D], weight [V, D] and bias [V] match, and that weight is whole."""
     if hasattr(weight, "placements"):
         raise InvalidArgumentError(
             "linear_weight is a sharded DTensor, and the loss requires a whole tensor: compute the "
@@ -214,7 +214,10 @@ def _check_targets(
     labels: Tensor | None,
     position_weights: Tensor | None,
 ) -> None:
-    """Validate that targets [..., K], labels and weights [...] match the rows of input [..., D]."""
+    """Validate the targets' dtypes, and that all shapes match the rows of input [..., D].
+
+    Targets are [..., K], labels and position weights [...].
+    """
     lead = tuple(input.shape[:-1])
     if not lead:
         raise InvalidArgumentError(
@@ -241,8 +244,9 @@ def _check_targets(
 class _Attach(torch.autograd.Function):
     """Autograd function that attaches computed gradients to a loss; backward scales them.
 
-    Backward scales in place, so that no second set of gradients is allocated. In a second backward
-    pass over the same graph, autograd detects that the saved tensors have changed and raises.
+    Except under `torch.compile`, backward scales in place, so that no second set of gradients is
+    allocated; in a second backward pass over the same graph, autograd then detects that the saved
+    tensors have changed and raises.
     """
 
     @staticmethod

@@ -44,7 +44,8 @@ class ChunkLosses(Protocol):
 
         Args:
             logits: raw logits [R, V] of these rows, in any floating-point dtype; overwritten.
-            gradient: output [R, V], possibly `logits` itself; None if no gradient is required.
+            gradient: output [R, V], possibly `logits` itself, for the gradient of the sum of
+                row_weight * ((1 - alpha) kd + alpha ce); None if no gradient is required.
             rows: indices of these rows among the N rows.
         """
         ...
@@ -248,7 +249,7 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the number of rows per chunk.
+    """Return the number of rows per chunk for `rows` rows in total.
 
     On an accelerator, a chunk of float32 logits takes 1/64 of the device's memory, from 64 MiB to
     1 GiB, which is enough for products at full speed. On a CPU a chunk takes 64 MiB, but at most
@@ -265,10 +266,10 @@ def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: 
 
 @cache
 def _accelerator_memory(device: torch.device) -> int:
-    """Return the total memory of a device in bytes."""
+    """Return the total memory of a device in bytes; 16 GiB for other devices than CUDA's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return 16 * 1024 * _MIB  # assumed, because torch has no query for other devices
+    return 16 * 1024 * _MIB  # torch has no query for other devices
 
 
 def _balanced(total: int, at_most: int) -> int:

@@ -130,7 +130,7 @@ class TeacherHead:
     token_mask: Tensor | None = None
 
     def logits(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return the logits of R rows after scale and softcap, [R, Vt]; -inf for masked ids."""
+        """Return the logits of R rows after scale and softcap, [R, Vt]; -inf for invalid ids."""
         v = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).to(dtype)
         v, _ = transform_(v, self.logit_scale, self.logit_softcap, with_slope=False)
         if self.token_mask is not None:
@@ -151,9 +151,10 @@ def linear_dense_kd(
     criterion: Criterion = PLAIN,
     **options: Any,
 ) -> LossParts:
-    """Compute a divergence over the whole vocabulary, mixed with cross-entropy to labels.
+    """Compute the divergence from an online teacher, mixed with cross-entropy to labels.
 
-    Arguments that are not listed are those of `linear_sparse_cross_entropy`.
+    The distributions are over the whole vocabulary. Arguments that are not listed are those of
+    `linear_sparse_cross_entropy`.
 
     Args:
         input: hidden states of the student [N, D], in any floating-point dtype.
@@ -170,8 +171,8 @@ def linear_dense_kd(
         float64 input).
 
     Raises:
-        InvalidArgumentError: an option is out of range, or the teacher's rows or vocabulary do not
-            match the student's.
+        InvalidArgumentError: an option is invalid, or the teacher has another number of rows than
+            the student or a larger vocabulary.
 
     Examples:
         >>> import torch

@@ -68,8 +68,9 @@ def linear_sparse_cross_entropy(
 
     Only `input`, `linear_weight` and `linear_bias` receive gradients. "chunked" and "triton"
     compute them in the forward pass, so logits exist for only one chunk of rows at a time, and a
-    second backward pass raises an error. Ids and labels are not validated here, because that would
-    synchronise with the device; an id out of range causes an indexing error on the device.
+    second backward pass raises an error. The values of ids and labels are not validated, because
+    that would synchronise with the device: an id out of range causes an indexing error on the
+    device, and with "triton" undefined behaviour.
 
     Args:
         input: hidden states [..., D] before the head, in any floating-point dtype.

@@ -1,6 +1,6 @@
-"""Compute the loss by plain autograd over dense targets, as a reference for tests.
+"""Compute the loss from dense targets and its gradient by plain autograd, as a reference for tests.
 
-This allocates several [N, V] tensors, so use it only for tests and small vocabularies.
+The computation allocates several [N, V] tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sparselogits.losses.criterion import Criterion
 
 
 def reference_parts(call: Call) -> LossParts:
-    """Compute the loss and its parts from all logits at once, by autograd."""
+    """Compute the loss and its parts from all logits at once, in differentiable operations."""
     row_weight, factor, alpha = call.row_weight, call.factor, call.criterion.alpha
     counted = (row_weight != 0)[:, None]
     input, weight, bias = call.operands  # noqa: A001

@@ -111,7 +111,7 @@ def row_losses_(
     with_grad: bool,
     vocabulary: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the unweighted losses kd and ce of R rows, [R] each; replace logits by the gradient.
+    """Return the unweighted losses kd and ce of R rows; replace logits by the gradient.
 
     Args:
         logits: raw logits [R, V], in the dtype of the targets' weights; overwritten with
@@ -122,6 +122,9 @@ def row_losses_(
         with_ce: whether to compute ce; required if alpha > 0.
         with_grad: whether to compute the gradient.
         vocabulary: reductions and indexing of the logits.
+
+    Returns:
+        kd [R], and ce [R] or None without `with_ce`.
     """
     z, slope = transform_(
         logits, criterion.logit_scale, criterion.logit_softcap, with_slope=with_grad
@@ -186,7 +189,7 @@ class _Softmax(NamedTuple):
 def _softmax_(
     u: Tensor, targets: RowTargets, vocabulary: Vocabulary, *, with_kd: bool, with_ce: bool
 ) -> _Softmax:
-    """Replace the rows of u, [R, V], by their softmax."""
+    """Replace the rows of u, [R, V], by their softmax, and return values derived from the rows."""
     values = label_value = total = ghost = None
     stored = targets.weights != 0
     if with_kd:
@@ -232,7 +235,7 @@ def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
 
 
 def _losses(softmax: _Softmax, targets: RowTargets) -> tuple[Tensor | None, Tensor | None]:
-    """Return the unweighted losses kd and ce, given the result of `_softmax_`."""
+    """Return the unweighted losses kd and ce, [R] each, or None for a loss not requested."""
     kd = ce = None
     if softmax.values is not None:
         mass = _target_mass(softmax, targets)

@@ -37,9 +37,10 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class TritonLosses:
-    """Callable that computes losses of sparse targets by one kernel launch per chunk.
+    """Implementation of `chunked.ChunkLosses` for sparse targets, with one kernel launch per chunk.
 
-    It implements `chunked.ChunkLosses`. Raises InvalidArgumentError for float64 input.
+    Raises:
+        InvalidArgumentError: the input is float64.
     """
 
     targets: RowTargets
