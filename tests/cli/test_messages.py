@@ -59,7 +59,7 @@ MISTAKES = {
     CACHE + " --sampler gumbel": ("gumbel", "'systematic'"),
     CACHE + " --windows x": ("--windows is 'x'", "give a:b"),
     CACHE + "000000": ("window", "use more text or a shorter window"),
-    CACHE + " --rounds 0": ("rounds is 0", "from 1 to 1,048,576"),
+    CACHE + " --rounds 0": ("rounds is 0", "at least 1, at most 1,048,576"),
     CACHE + " --sampler topk --k 0": ("k is 0", "of at least 1"),
     CACHE + " --temperature 0": ("--temperature", "above 0"),
     CACHE + " --batch 0": ("--batch", "greater than or equal to 1"),

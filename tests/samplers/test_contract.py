@@ -70,7 +70,9 @@ def test_batch_split_changes_nothing(sampler):
 def test_valid_within_its_cap_and_rebuilt_from_its_parameters(sampler):
     targets = draw(sampler, some_logits())
     targets.__post_init__(True)
-    assert int(targets.entries_per_position.max()) <= sampler.max_entries
+    caps = (getattr(sampler, name, None) for name in ("max_entries", "rounds", "k"))
+    cap = next((cap for cap in caps if cap is not None), None) or 1 / sampler.tau + 1
+    assert int(targets.entries_per_position.max()) <= cap
     identity = json.loads(json.dumps({"name": sampler.name, **sampler.parameters()}))
     assert from_parameters(identity) == sampler
     assert sampler.at(torch.zeros(5, dtype=torch.int64), slice(0, 5)) is sampler
@@ -248,6 +250,9 @@ def test_budget_out_of_reach():
         fit_budget(Systematic(), [], 5)
     with pytest.raises(InvalidArgumentError, match="give its parameters instead"):
         fit_budget(TopP(), [some_logits()], 5)
+    limited = type("Limited", (TopK,), {"largest_size": 100})
+    with pytest.raises(InvalidArgumentError, match="stores at most 100.0"):
+        fit_budget(limited(), [some_logits()], 300)
     assert thinning_choices(50, 15) == 10
 
 

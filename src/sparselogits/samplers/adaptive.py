@@ -73,11 +73,11 @@ class Adaptive(Sampler):
         signal: the student's learning signal: `StudentSignal.of(student)`, or a `NamedSignal`, for
             which `ready` loads the student.
         nominal_rounds: number of rounds at a position whose signal equals `reference`. Other
-            positions get from 1 to 8 * nominal_rounds rounds.
+            positions have from 1 to 8 * nominal_rounds rounds.
         reference: signal at which nominal_rounds rounds are drawn; None for the mean signal on
             pilot windows, which is computed when a cache is created.
         position_power: the number of rounds is proportional to the signal to this power; with 0
-            every position gets the same number.
+            all positions have the same number.
         token_power: exponent of norm_i in the proposal (see the module's docstring); with 0 the
             proposal is the teacher's distribution.
 
@@ -117,11 +117,6 @@ class Adaptive(Sampler):
         """Kind of the stored weights: float32, because the number of rounds varies."""
         return Stored.floats()
 
-    @property
-    def max_entries(self) -> int:
-        """Largest number of entries per position."""
-        return _LARGEST_FACTOR * self.nominal_rounds
-
     @classmethod
     def declared(cls) -> dict[str, Parameter]:
         """Return the declared fields by name, with those of `NamedSignal` in place of `signal`."""
@@ -153,7 +148,8 @@ class Adaptive(Sampler):
         """Return the sampler with the student loaded into memory.
 
         Raises:
-            InvalidArgumentError: the signal names no checkpoint of the student.
+            InvalidArgumentError: the signal names no checkpoint of the student, or the student's
+                head cannot be run separately.
             IdentityMismatchError: the checkpoint's weights differ from the recorded fingerprint.
         """
         if not isinstance(self.signal, NamedSignal):
@@ -191,7 +187,7 @@ class Adaptive(Sampler):
         return super(Adaptive, sampler).fitted(pilot, budget)
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample targets at a few positions; for a distance signal, `at` must be called before."""
+        """Sample targets at a few positions; a distance signal requires a previous call of `at`."""
         import torch
 
         from sparselogits.samplers.distribution import Blocks, count_runs

@@ -2,8 +2,9 @@
 
 Some samplers compute their expected number of entries by a formula: a token with proposal
 probability q is drawn in N systematic rounds with probability min(1, N q), and in N independent
-rounds with probability 1 - (1 - q)^N. Both depend on q alone, so one histogram of log q over the
-pilot tokens suffices for every N. For other samplers, the number of entries is measured by drawing.
+rounds with probability 1 - (1 - q)^N. Both probabilities depend on q alone, so one histogram of
+log q over the pilot tokens suffices for every N. For other samplers, the number of entries is
+measured by drawing.
 
 Cost: one float64 pass over the logits of about a thousand pilot positions.
 """
@@ -121,7 +122,8 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
     """Return a sampler whose mean entries per position are as close as possible to a budget.
 
     Args:
-        sampler: a sampler; only its budget parameter (such as `rounds`) is replaced.
+        sampler: a sampler; only the fields in `sampler.left_open(budget)` are replaced, for example
+            `rounds`.
         logits_slices: logits of pilot positions spread over the corpus, float [P, V] each.
         budget: mean entries per position, at least 1.
 
@@ -158,7 +160,7 @@ def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
                 f"sampler {sampler.name!r} stores at most {entries(high):.1f}; give a smaller "
                 "budget"
             )
-        low, high = high, 2 * high
+        low, high = high, min(2 * high, sampler.largest_size)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if entries(middle) < budget else (low, middle)

@@ -141,9 +141,10 @@ def kernel_on(device: torch.device, dtype: torch.dtype) -> Kernel | None:
 
 
 def library_for(logits: Tensor) -> Library | None:
-    """Return the compiled library for float32 logits on a CPU, and None for other logits.
+    """Return the compiled library for float32 logits on a CPU; None if it is not to be used.
 
-    The result is also None until the process has passed `WORTHWHILE` logits to this function.
+    The library is not used for other logits, before the process has passed `WORTHWHILE` logits to
+    this function, or if `library` returns None.
     """
     global _sampled
     if logits.device.type != "cpu" or logits.dtype != torch.float32:

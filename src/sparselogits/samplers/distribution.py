@@ -57,7 +57,8 @@ class Blocks:
 
     Args:
         logits: logits of the teacher, [R, V], with V padded to a multiple of 64.
-        shift: float64 [R, 1], chosen so that the likeliest token has a weight of about 2**8.
+        shift: float64 [R, 1], chosen so that the likeliest token has a weight of about 2**8; 0 if
+            the exponent is 0.
         sums: float64 [R, B], sum of the weights w in each of the row's B blocks.
         exponent: the exponent e of the proposal.
         ceiling: float64 [R, 1]; tokens with at least this weight are excluded. None excludes none.
@@ -87,7 +88,7 @@ class Blocks:
             logits: [R, V] of any floating-point dtype; -inf for ids that are not tokens.
             exponent: exponent e of the teacher's probability in the proposal.
             first_position: position of the first row, for error messages.
-            with_moment: whether to compute `moment`; requires exponent 1.
+            with_moment: whether to compute `moment`; requires an exponent other than 0.
 
         Raises:
             InvalidLogitsError: the largest logit of a row is NaN or beyond `LARGEST_LOGIT`.
@@ -115,17 +116,14 @@ class Blocks:
         total = self.total[:, 0]
         return (total.log2() - self.moment / total) / LOG2_E
 
-    def weights_of(self, logits: Tensor, shift: Tensor) -> Tensor:
-        """Return the float64 weights of logits [H, n], given the shift [H, 1] of each row."""
-        if self.exponent == 0:
-            return (logits > -torch.inf).double()  # 0 * inf is NaN
-        return torch.add(-shift, logits.double(), alpha=self.exponent * LOG2_E).exp2_()
-
     def weights_in(self, blocks: Tensor) -> Tensor:
-        """Return float64 weights [H, 64] in blocks; block b of row r has the index r * B + b."""
-        chosen = self.logits.view(-1, BLOCK).index_select(0, blocks)
+        """Return the weights in blocks, float64 [H, 64]; block b of row r has index r * B + b."""
+        logits = self.logits.view(-1, BLOCK).index_select(0, blocks).double()
         rows = blocks.div(self.sums.shape[1], rounding_mode="floor")
-        weights = self.weights_of(chosen, self.shift[rows])
+        if self.exponent == 0:
+            weights = (logits > -torch.inf).double()  # 0 * inf is NaN
+        else:
+            weights = torch.add(-self.shift[rows], logits, alpha=self.exponent * LOG2_E).exp2_()
         if self.ceiling is not None:
             weights.masked_fill_(weights >= self.ceiling[rows], 0)
         return weights
@@ -210,7 +208,9 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[slice]:
-    """Validate logits [P, V] and uniforms [P, columns], and yield slices of at most 2048 positions.
+    """Validate logits [P, V] and uniforms [P, columns], and yield slices of the positions.
+
+    A slice has at most 64 positions on a CPU, and 2048 on other devices.
 
     Raises:
         InvalidLogitsError: a shape or dtype is wrong, or a uniform is outside [0, 1).
@@ -238,7 +238,7 @@ def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[
 
 
 def _whole_blocks(logits: Tensor) -> Tensor:
-    """Return contiguous logits padded to whole blocks of ids; copies only if necessary."""
+    """Return contiguous logits padded to whole blocks of ids, copied only if necessary."""
     missing = -logits.shape[1] % BLOCK
     if missing:
         return F.pad(logits, (0, missing), value=-torch.inf)

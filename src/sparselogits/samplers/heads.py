@@ -1,6 +1,6 @@
 """Select the likeliest tokens with their raw probabilities: Top-K and top-p.
 
-Both are biased because the tail is missing: a student trained on the head alone learns an
+Both samplers are biased because the tail is missing: a student trained on the head alone learns an
 over-confident distribution (docs/theory.md, section 1). Raw probabilities are stored, because the
 rule for the missing mass is chosen at training time.
 
@@ -57,11 +57,6 @@ class TopK(_Head):
     name = "topk"
     title = "Top-K"
     budget_parameter = "k"
-
-    @property
-    def max_entries(self) -> int:
-        """Largest number of entries per position."""
-        return self.k
 
     def expected_entries(self, pilot: Pilot) -> float:
         """Return k, whatever the text."""

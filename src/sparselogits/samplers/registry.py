@@ -56,11 +56,15 @@ def _from_packages() -> dict[str, type[Sampler]]:
 def _checked(name: str, kind: object) -> type[Sampler]:
     """Validate that an entry point's object is a usable sampler class, and return it."""
     if not (isinstance(kind, type) and issubclass(kind, Sampler)):
-        raise InvalidArgumentError(f"{kind!r} is not a subclass of sparselogits.samplers.Sampler")
+        raise InvalidArgumentError(
+            f"{kind!r} is not a subclass of sparselogits.samplers.Sampler; expected a subclass"
+        )
     missing = [f for f in ("name", "title", "unbiased") if not hasattr(kind, f)]
     missing += sorted(kind.__abstractmethods__) if inspect.isabstract(kind) else []
     if missing:
-        raise InvalidArgumentError(f"the class {kind.__name__} does not define {missing[0]}")
+        raise InvalidArgumentError(
+            f"the class {kind.__name__} does not define {missing[0]}; define it"
+        )
     if kind.name != name or kind.name in _BUILT_IN:
         raise InvalidArgumentError(
             f"the class {kind.__name__} has the name {kind.name!r}; expected the name of the entry "
@@ -103,7 +107,7 @@ def from_parameters(identity: Mapping[str, Any]) -> Sampler:
         identity: {"name": sampler.name, **sampler.parameters()}; a "budget" is ignored.
 
     Raises:
-        InvalidArgumentError: the name or a parameter is unknown, or a value is out of range.
+        InvalidArgumentError: the name or a parameter is unknown, or a value is not allowed.
 
     Examples:
         >>> from_parameters({"name": "topk", "k": 12})

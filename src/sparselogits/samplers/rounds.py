@@ -1,7 +1,7 @@
 """Draw N sampling rounds of equal weight: systematically, independently, or uniformly over ids.
 
 The weight of token i is (count_i / N) * p_i / q_i, with q the proposal from which rounds are drawn.
-It is unbiased for every proposal that is positive wherever p is.
+These weights are unbiased for every proposal that is positive wherever p is.
 
 `Systematic` draws all rounds with one uniform u: with C the cumulative proposal in token-id order,
 count_i = floor(N C_i + u) - floor(N C_{i-1} + u). So a count differs from N q_i by less than one.
@@ -39,7 +39,7 @@ def _proposal_exponent() -> Any:
 
 @dataclass(frozen=True)
 class DrawnInRounds(Sampler):
-    """Base class of samplers that draw N rounds; subclasses define `points`."""
+    """Base class of samplers that draw N rounds; subclasses define `points` and `inclusion`."""
 
     rounds: int = parameter(50, "Sampling rounds per token", least=1, most=2**20, label=" N = {:g}")
 
@@ -54,11 +54,6 @@ class DrawnInRounds(Sampler):
         if self.proposal_exponent == 1:
             return Stored.counts(self.rounds)
         return Stored.counts_and_floats(self.rounds)
-
-    @property
-    def max_entries(self) -> int:
-        """Largest number of entries per position."""
-        return self.rounds
 
     @abstractmethod
     def points(self, uniforms: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The codec, recipes, the command line, budgets, tables and plots read this metadata, so a new sampler
 needs one class only (docs/extending.md). The built-in samplers import torch inside their methods,
-because `sparselogits cache --help` lists their fields without loading it.
+because `sparselogits cache --help` lists their fields without loading torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COUNTS, COUNTS_AND_FLOATS, FLOATS, THRESHOLD = "counts", "counts+float32", "floa
 """Kinds of stored weights; see the constructors of `Stored`."""
 
 ROUNDING = 1e-3
-"""Tolerance for a sum of weights, because float32 weights are rounded."""
+"""Tolerance for sums of weights and for means, because float32 numbers are rounded."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Stored:
 
     @classmethod
     def shared_weight(cls, tau: float) -> Stored:
-        """Return the form for float32 weights, which omits the weights that equal tau."""
+        """Return the form for float32 weights in which weights equal to tau are omitted."""
         return cls("threshold", tau=tau)
 
     @classmethod
@@ -74,7 +74,7 @@ class Parameter:
 
     Args:
         kind: type of the value: int, float or str.
-        default: default value; `dataclasses.MISSING` for a field without one.
+        default: default value.
         help: help text of the command-line option, a phrase without a full stop.
         least: smallest allowed value, inclusive.
         above: exclusive lower bound.
@@ -100,8 +100,10 @@ class Parameter:
     def converted(self, name: str, value: Any) -> Any:
         """Validate a value and convert it to this parameter's type, such as 1 to 1.0.
 
+        None is valid if it is the default.
+
         Raises:
-            InvalidArgumentError: the value has another type or is out of range.
+            InvalidArgumentError: the value has another type or is not allowed.
         """
         if value is None and self.default is None:
             return None
@@ -122,19 +124,12 @@ class Parameter:
         if self.kind is str:
             return "a string"
         number = "a whole number" if self.kind is int else "a number"
-        high = f"{self.most:,}" if self.most < sys.float_info.max else ""
-        if self.above > -math.inf:
-            return f"{number} above {self.above:g}" + (f", at most {high}" if high else "")
-        if self.least == -sys.float_info.max:
-            return number
-        return (
-            f"{number} from {self.least:g} to {high}"
-            if high
-            else f"{number} of at least {self.least:g}"
-        )
+        low = f" of at least {self.least:g}" if self.least > -sys.float_info.max else ""
+        low = f" above {self.above:g}" if self.above > -math.inf else low
+        return number + low + (f", at most {self.most:,}" if self.most < sys.float_info.max else "")
 
     def in_title(self, name: str, value: Any) -> str:
-        """Return a field's value formatted for a sampler's title."""
+        """Return the value of the field called `name`, formatted for a sampler's title."""
         if self.label is not None:
             return self.label.format(value)
         text = value if isinstance(value, str) else f"{value:g}"
@@ -194,7 +189,8 @@ class Sampler(ABC):
         name: name of the sampler in options, recipes and cache identities.
         title: name of the sampler in tables and plots.
         unbiased: whether the expectation of the targets over the uniforms is the teacher's
-            distribution. Missing-mass rules of the loss apply only to biased samplers.
+            distribution. Of the missing-mass rules of the loss, only "drop" applies to an unbiased
+            sampler.
         uniforms_per_position: number U of uniforms per position; 0 if the sampler is not random.
         budget_parameter: name of the field that a budget (mean entries per position) sets; None
             if no single field determines the number of entries.

@@ -1,4 +1,4 @@
-"""Measure a student's learning signal: its distance from the teacher, or the sampling variance.
+"""Measure a student's learning signal: distance from the teacher, or sampling variance.
 
 "distance" is the total variation distance between the distributions of teacher and student.
 "variance" is the variance of the student's unembedding row for a token drawn from the teacher, that
@@ -71,7 +71,8 @@ class StudentSignal:
         """Load the student that a recipe or a cache names, and return its signal.
 
         Raises:
-            InvalidArgumentError: the description names no checkpoint.
+            InvalidArgumentError: the description names no checkpoint, or the student's head cannot
+                be run separately.
             IdentityMismatchError: the checkpoint's weights differ from the recorded fingerprint.
         """
         if named.student is None:
@@ -114,8 +115,8 @@ class StudentSignal:
             logits: logits of the teacher, float [P, V].
 
         Raises:
-            InvalidArgumentError: `at` was not called for these positions, or the student's
-                vocabulary is smaller than V.
+            InvalidArgumentError: the signal is the distance and `at` was not called for these
+                positions, or the student's vocabulary is smaller than V.
         """
         teacher = logits.float().softmax(-1)
         if self.needs_states:

@@ -1,9 +1,9 @@
 """Compute the log-normaliser and the entropy of a distribution while sampling from it.
 
 A cache stores the teacher's loss and entropy next to the targets. For a teacher with 135 M
-parameters and V = 49 152, computing them from log-probabilities takes a tenth of the time of the
-forward pass. Computing them here, while the weights of `Blocks` are in the processor's cache, takes
-a two-hundredth.
+parameters and V = 49 152, computing loss and entropy from log-probabilities takes a tenth of the
+time of the forward pass; computing both here, while the weights of `Blocks` are in the processor's
+cache, takes a two-hundredth.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DistributionStatistics:
 
     @classmethod
     def of(cls, logits: Tensor) -> DistributionStatistics:
-        """Compute the statistics of logits.
+        """Compute the statistics of the distributions softmax(logits).
 
         Args:
             logits: float [P, V]; -inf for ids that are not tokens.
@@ -54,8 +54,8 @@ def draw_with_statistics(
 ) -> tuple[SparseTargets, DistributionStatistics]:
     """Sample targets, and compute the statistics of the teacher's distributions.
 
-    This takes one pass over the logits if the sampler draws rounds with proposal exponent 1, and
-    two passes otherwise.
+    One pass over the logits suffices if the sampler draws rounds with proposal exponent 1; other
+    samplers require two or more.
 
     Args:
         sampler: any sampler.

@@ -60,11 +60,6 @@ class Threshold(Sampler):
         """Kind of the stored weights: float32 for likely tokens; the others have weight tau."""
         return Stored.shared_weight(self.tau)
 
-    @property
-    def max_entries(self) -> int:
-        """Largest number of entries per position."""
-        return math.floor(1 / self.tau) + 1
-
     def of_size(self, size: int) -> Threshold:
         """Return the sampler with tau = 1 / size."""
         return replace(self, tau=1 / size)
@@ -98,11 +93,12 @@ class Threshold(Sampler):
         )
 
     def _draw_tail(self, tail: Blocks, uniforms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample light tokens (p < tau), given the weight of all tokens; return rows and ids."""
+        """Sample light tokens (p < tau), given the total weight per row; return rows and ids."""
         import torch
 
         edges, scale = tail.edges()
-        ordinal = torch.arange(1, self.max_entries + 1, dtype=torch.float64, device=edges.device)
+        most = math.floor(1 / self.tau) + 1
+        ordinal = torch.arange(1, most + 1, dtype=torch.float64, device=edges.device)
         level = (ordinal - uniforms) * (self.tau * total * scale)
         inside = level <= edges[:, -1:]
         level = torch.where(inside, level, edges[:, -1:].double())

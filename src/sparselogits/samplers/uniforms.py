@@ -1,8 +1,8 @@
-"""Generate the random numbers of a cache from a counter, keyed by seed and window index alone.
+"""Generate random numbers from a counter, keyed by seed and window index alone.
 
 Batch size, rank, executor and restarts therefore do not change a draw. The generator is Philox 4x64
-with ten rounds. Its raw 64-bit words are scaled here, because NumPy guarantees the raw stream of a
-bit generator across versions, but not the output of distribution methods.
+with ten rounds. The generator's raw 64-bit words are scaled here, because NumPy guarantees the raw
+stream across versions, but not the output of distribution methods.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def thinning_starts(
 
     Over any `stride` consecutive epochs a position uses each subset once, so the average of the
     targets over these epochs is exactly the cached target. Consecutive epochs are about 0.618 of
-    the cycle apart, so the average over a few epochs is already close to it. The first subset is
-    random.
+    the cycle apart, so the average over a few epochs is already close to the cached target. The
+    first subset is random.
 
     Args:
         seed: random seed of the training run, in [0, 2**64).
@@ -85,7 +85,7 @@ def thinning_starts(
 
 
 def rounding_uniforms(seed: int, window_index: int, entries: int) -> NDArray[np.float64]:
-    """Return uniforms for the stochastic rounding of a window's weights, float64 [entries]."""
+    """Return uniforms in [0, 1) for rounding a window's weights, float64 [entries]."""
     return _unit_interval(_words(seed, window_index, _ROUNDING, entries))
 
 
@@ -101,7 +101,7 @@ def corruption_uniforms(
 
 
 def retokenizing_uniforms(seed: int, window_index: int, count: int) -> NDArray[np.float64]:
-    """Return uniforms that choose rounds while a window is retokenized, float64 [count]."""
+    """Return uniforms in [0, 1) that choose rounds to retokenize a window, float64 [count]."""
     return _unit_interval(_words(seed, window_index, _RETOKENIZING, count))
 
 
