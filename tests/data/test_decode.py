@@ -73,6 +73,8 @@ def test_a_changed_row_is_refused(tmp_path):
         bare = {name: row[name] for name in ("window_index", "tokens", "mask")}
         with pytest.raises(CacheCorruptionError, match="Read it again"):
             decode(bare | {"targets": block}, cache)
+    with pytest.raises(CacheCorruptionError, match="the row has 3 mask values, expected"):
+        decode(row | {"mask": [True] * 3}, cache)
     with pytest.raises(CacheCorruptionError):
         decode(row | {"tokens": [1 << 40] * len(row["tokens"])}, cache)
 

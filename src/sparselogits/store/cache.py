@@ -3,6 +3,7 @@
     CACHE/
       cache.json      the identity (canonical JSON) and its fingerprint
       README.md       a dataset card, for hubs to which the folder is pushed
+      texts/          the texts from which the windows come (texts.py)
       shards/windows-000000000000-000000000512.parquet ...
 
 CACHE is a local folder or a prefix of an object store (storage/location.py).
@@ -85,7 +86,7 @@ class Cache:
 
         Raises:
             IdentityMismatchError: the existing cache has another identity.
-            CacheError: a size in the identity is out of bounds.
+            CacheError: a size in the identity is out of bounds, or the existing cache is damaged.
             StorageError: the folder or URL cannot be written.
         """
         require_bounds(identity, f"the new cache at {root}")
@@ -109,7 +110,8 @@ class Cache:
             root: folder, URL or storage.
 
         Raises:
-            CacheError: there is no cache, or its format or codec version is unknown.
+            CacheError: there is no cache, the format or codec version of the cache is unknown, or a
+                size is out of bounds.
             CacheCorruptionError: cache.json is damaged.
             StorageError: the folder or URL cannot be reached.
         """
@@ -129,14 +131,18 @@ class Cache:
             return False
 
     def holds(self, windows: Range) -> bool:
-        """Return whether the shard of a range of windows exists; this does not list the shards."""
+        """Return whether the shard of a range of windows exists, without listing the shards."""
         try:
             return self.storage.size(shard_name(*windows)) > 0
         except FileNotFoundError:
             return False
 
     def finished(self) -> list[Range]:
-        """List the shards again, and return their sorted ranges (start, stop)."""
+        """List the shards again, and return their sorted ranges (start, stop).
+
+        Raises:
+            CacheError: two shards overlap.
+        """
         self._ranges = listed_ranges(self.storage.names(SHARDS))
         self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
         return list(self._ranges)
@@ -149,9 +155,8 @@ class Cache:
     def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Location:
         """Write a shard atomically.
 
-        Real-valued weights are rounded according to the codec (`TargetCodec.rounded`). If another
-        worker has already written the same range, its shard is kept, because it contains the same
-        targets.
+        Real-valued weights are rounded according to the codec (`TargetCodec.rounded`). An existing
+        shard of the same range is not replaced, because it contains the same targets.
 
         Args:
             records: records of consecutive windows, at least one.
@@ -234,7 +239,7 @@ class Cache:
     def statistics_by_text(
         self, texts: Sequence[TextSpan]
     ) -> tuple[CacheStatistics, list[CacheStatistics]]:
-        """Return the statistics of the cache, and those of some of its texts.
+        """Return the statistics of the cache, and those of the shards of each given text.
 
         Each footer is read once.
 
@@ -261,9 +266,9 @@ class Cache:
         ]
         return CacheStatistics.total(list(shards.values())), by_text
 
-    def entries_per_position(self, shards: int = 4) -> float:
-        """Estimate the mean entries per position with a target, from the first shards' footers."""
-        chosen = [self._shard(r).description for r in self.ranges[:shards]]
+    def entries_per_position(self) -> float:
+        """Estimate the mean entries per position with a target, from the first four footers."""
+        chosen = [self._shard(r).description for r in self.ranges[:4]]
         positions = sum(int(found["positions"]) for found in chosen)
         return sum(int(found["entries"]) for found in chosen) / positions if positions else 0.0
 
@@ -350,7 +355,8 @@ def read_identity(storage: ReadableFiles) -> Identity:
     """Read and validate the identity in cache.json.
 
     Raises:
-        CacheError: cache.json is missing, or its format or codec version is unknown.
+        CacheError: cache.json is missing, the format or codec version is unknown, or a size is out
+            of bounds.
         CacheCorruptionError: cache.json is damaged.
     """
     where = f"{storage.location}/{CACHE_JSON}"
@@ -383,7 +389,7 @@ def read_identity(storage: ReadableFiles) -> Identity:
 
 
 def same_record(a: WindowRecord, b: WindowRecord) -> bool:
-    """Return whether two records are bitwise equal, comparing loss and entropy in float32."""
+    """Return whether two records are bitwise equal, with loss, entropy and rate in float32."""
 
     def arrays(record: WindowRecord) -> list[Any]:
         targets = record.targets

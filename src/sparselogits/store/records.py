@@ -133,7 +133,7 @@ class CacheStatistics:
         positions: number of positions with a target.
         entries: number of stored entries.
         bytes_on_disk: size of all shards in bytes.
-        text_bytes: size in bytes of the tokens in the shards.
+        text_bytes: compressed size in bytes of the tokens in the shards.
         mean_teacher_loss: loss of the teacher in nats, averaged over windows.
         mean_teacher_entropy: entropy of the teacher in nats, averaged over windows.
     """

@@ -57,7 +57,7 @@ class TextSpan:
         return self.first_window <= start and (self.windows is None or stop <= self._stop)
 
     def overlaps(self, other: TextSpan) -> bool:
-        """Return whether two texts claim the same window."""
+        """Return whether the ranges of two texts have a window in common."""
         return self.first_window < other._stop and other.first_window < self._stop
 
     def __str__(self) -> str:
@@ -126,8 +126,8 @@ class TextCheck:
         """Validate the text in a shard's provenance; accept a shard of an old version without one.
 
         Raises:
-            ValueError: the cache does not record the text, the windows do not come from it, or it
-                overlaps the text of another shard.
+            ValueError: the windows do not come from the text, the cache does not record the text,
+                or the text overlaps that of another shard.
         """
         if "text" not in provenance:
             return

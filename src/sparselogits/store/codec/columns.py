@@ -1,9 +1,9 @@
 """Encode columns of numbers: one page per window, and coding tables that windows share.
 
-Columns are encoded in pcodec's wrapped format. Its tables ("chunk metadata": bins, their
-frequencies and offset bits) take a few hundred bytes and are shared by the windows of a shard; the
-page of each window is decoded independently. A page does not contain its number of values: the
-caller passes that number, so a damaged or forged page cannot allocate more memory.
+Columns are encoded in pcodec's wrapped format. Coding tables (pcodec's "chunk metadata": bins,
+their frequencies and offset bits) take a few hundred bytes and are shared by the windows of a
+shard; the page of each window is decoded independently. A page does not contain its number of
+values: the caller passes that number, so a damaged or forged page cannot allocate more memory.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class BlockPages:
         return np.array([int.from_bytes(block[:4], "little") for block in self._blocks])
 
     def read(self, column: str, lengths: Array) -> Array:
-        """Return the next `lengths[w]` numbers of a column for each window w."""
+        """Return the next `lengths[w]` numbers of a column for each window w, concatenated."""
         stops = np.cumsum(lengths).tolist()
         out = np.empty(stops[-1], self._columns[column].dtype)
         self.fill(column, out, [0, *stops[:-1]], stops)

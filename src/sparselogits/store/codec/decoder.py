@@ -67,11 +67,15 @@ class BlockDecoder:
         pages = BlockPages(self._columns, first, blocks)
         listed = pages.listed()
         if int(listed.max()) > codec.vocab_size:
-            raise DamageError(f"found {listed.max()} lists for {codec.vocab_size} ids")
+            raise DamageError(
+                f"found {listed.max()} lists, expected at most {codec.vocab_size}, one per id"
+            )
         most = min(codec.vocab_size, codec.rounds or codec.vocab_size)
         limit = min(entries_bound(sum(map(len, blocks))), int(present.sum()) * most)
         if int(listed.sum()) > limit:
-            raise DamageError(f"found {listed.sum()} lists, expected at most {limit} entries")
+            raise DamageError(
+                f"found {listed.sum()} lists, expected at most {limit}, the bound on entries"
+            )
         labels = codec.labels(tokens)
         sets = lists.join(pages, listed, tokens, labels, present, codec.vocab_size, limit)
         targets = self._weigh(sets, present, pages)
@@ -147,7 +151,7 @@ def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None
 
 
 def _read_counts(sets: Sets, present: Bool, rounds: int, pages: BlockPages) -> NDArray[np.int32]:
-    """Read the counts, int32 [E], which are positive and sum to `rounds` at each position."""
+    """Read the counts, int32 [E]; at each position with a target they sum to `rounds`."""
     flat = present.reshape(-1)
     starts, others, has_hit = sets.offsets[:-1], np.diff(sets.offsets) - 1, sets.has_hit
     if not bool(flat.all()):

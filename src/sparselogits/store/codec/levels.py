@@ -1,6 +1,6 @@
 """Round real-valued weights to the levels of a fixed table, so that a weight takes 8 to 10 bits.
 
-Levels are logarithmic, with 32 levels per octave. Between 1/2 and 1 they are logarithmic in the
+Levels are logarithmic, with 32 levels per octave; between 1/2 and 1 they are logarithmic in the
 distance to 1. If one token has almost all mass, the mass of the other tokens (the ghost token of
 the loss) then has a small relative error. docs/format.md defines the table.
 """
@@ -47,11 +47,11 @@ def rounded(
     Args:
         weights: float32 [E].
         uniforms: float64 [E] in [0, 1), for stochastic rounding: a weight w between the levels a <
-            b is rounded to b with probability (w - a) / (b - a), so its expectation is w. None
-            rounds to the nearest level; ties go to the lower level.
+            b is rounded to b with probability (w - a) / (b - a), so the expectation of the result
+            is w. None rounds to the nearest level; ties go to the lower level.
 
     Raises:
-        InvalidTargetsError: a weight is negative or not finite.
+        InvalidTargetsError: a weight is negative, above 2^97 or NaN.
     """
     table = levels()
     if len(weights) and not 0 <= float(weights.min()) <= float(weights.max()) <= table[-1]:

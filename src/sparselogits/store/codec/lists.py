@@ -1,12 +1,12 @@
 """Encode a window's sets of ids as an inverted index over positions sorted by token.
 
-The sets are pairs of an id and a position. Stored by position they take 11 bits per pair. Stored by
-id, as one list of positions per id, they take 9 bits, because few different ids occur in a window
-and a list contains only gaps between positions. Two facts known to the decoder reduce this further.
-Positions are numbered in the order of (token, position), so that positions with similar
-distributions are neighbours and gaps are small. The label of a position is usually in its set, so
-it is left out of the lists and one bit per position states whether the set contains it (a hit).
-benchmarks/size.py measures both savings.
+The sets consist of pairs of an id and a position. A pair takes 11 bits if pairs are stored by
+position, and 9 bits if they are stored by id, as one list of positions per id, because few
+different ids occur in a window and a list contains only gaps between positions. Two facts known to
+the decoder reduce the size further. Positions are numbered in the order of (token, position), so
+that positions with similar distributions are neighbours and gaps are small. The label of a position
+is usually in its set, so it is left out of the lists and one bit per position states whether the
+set contains it (a hit). benchmarks/size.py measures both savings.
 
 No model of the vocabulary is fitted or stored.
 """

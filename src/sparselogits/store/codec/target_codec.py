@@ -61,9 +61,10 @@ WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
 }
 """Names and dtypes of the columns for exact weights, by kind of weights.
 
-If the sampler draws N rounds, weights are count / N, and one count per position follows from the
-others. If light entries share the weight tau, only the weights of heavy entries are stored. If
-weights are rounded, the column `levels` with the indices of levels replaces `weights`.
+With "counts", weights are count / rounds. One count per position is not stored, because it follows
+from the others. With "threshold", light entries share the weight tau, and only the weights of heavy
+entries are stored. If weights are rounded, the column `levels` with the indices of levels replaces
+`weights`.
 """
 
 
@@ -72,9 +73,9 @@ def codec_for(sampler: Sampler, *, exact_weights: bool = False) -> dict[str, Any
 
     Args:
         sampler: the sampler.
-        exact_weights: whether to store real-valued weights as float32. Otherwise they are rounded
-            to levels: stochastically for an unbiased sampler, to the nearest level for a biased
-            one. Weights of the form count / rounds are always exact.
+        exact_weights: whether to store real-valued weights as float32 rather than rounded to levels
+            (stochastically for an unbiased sampler, to the nearest level for a biased one). Weights
+            of the form count / rounds are always exact.
 
     Raises:
         CacheError: the sampler draws more rounds than the format supports.
@@ -185,8 +186,8 @@ class TargetCodec:
     def least_weight(self) -> float:
         """Smallest valid stored weight.
 
-        For a threshold sampler it is tau, or the level below tau if weights are rounded; for other
-        samplers it is 0.
+        The value is tau for a threshold sampler, less one level if weights are rounded, and 0 for
+        other samplers.
         """
         if self.weights != THRESHOLD:
             return 0.0
@@ -194,14 +195,14 @@ class TargetCodec:
         return tau if self.rounding is None else tau / (1 + LARGEST_STEP) * (1 - 2**-22)
 
     def rounded(self, targets: SparseTargets, seed: int, window_index: int) -> SparseTargets:
-        """Return a window's targets with weights rounded to levels; exact weights are unchanged.
+        """Return a window's targets with weights rounded to levels, unless the codec is exact.
 
         Stochastic rounding preserves the expectation of every weight. The uniforms depend only on
         the cache's seed, the window's index in the corpus and the entry, so that a resumed build
         writes the same bytes.
 
         Raises:
-            InvalidTargetsError: a weight is negative or not finite.
+            InvalidTargetsError: a weight is negative, above 2^97 or NaN.
         """
         if self.rounding is None:
             return targets
@@ -217,7 +218,8 @@ class TargetCodec:
         """Encode the windows of a shard as coding tables by column, and one block per window.
 
         Raises:
-            InvalidTargetsError: the codec cannot encode the targets without loss.
+            InvalidTargetsError: the codec cannot encode the targets without loss, or a window has
+                too many entries.
         """
         split = [self._split(window) for window in windows]
         columns = {name: encode_column([arrays[name] for arrays in split]) for name in self.columns}
@@ -312,8 +314,8 @@ def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:
 def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
     """Return a mask of the entries whose counts are not stored, bool [E].
 
-    One count per position follows from the others. It is the count of the label's entry (`is_hit`)
-    if there is one, because that count is usually large, and otherwise that of the first entry.
+    One count per position follows from the others: the count of the label's entry (`is_hit`) if
+    there is one, because that count is usually large, and otherwise that of the first entry.
     `starts` and `has_hit` have one element per position with a target.
     """
     derived = is_hit.copy()

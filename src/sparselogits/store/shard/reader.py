@@ -99,7 +99,7 @@ class Shard:
 
     @property
     def text_bytes(self) -> int:
-        """Size of the token column in bytes.
+        """Compressed size of the token column in bytes.
 
         Raises:
             CacheCorruptionError: the footer claims more bytes than the file has.
@@ -116,8 +116,9 @@ class Shard:
     def read(self, row: int) -> WindowRecord:
         """Read a row, given its index in the shard, and decode its targets.
 
-        When rows are read in order, all remaining rows of a row group are decoded together, in two
-        thirds of the time of decoding each alone. A row that is read at random is decoded alone.
+        When rows are read in order, the remaining rows of a row group are decoded together (if they
+        fit into one pass), in two thirds of the time of decoding each alone. A row that is read at
+        random is decoded alone.
 
         Raises:
             CacheCorruptionError: the row or its row group is damaged.
@@ -155,8 +156,9 @@ class Shard:
             whole = set(row.keys()) >= set(self._schema.names)
             record, block = _from_other_tool(row)
             length, ids = self._identity.window_length, self._identity.vocab_size
-            if record.tokens.shape != (length,) or record.present().shape != (length,):
-                raise DamageError(f"the row has {record.tokens.size} tokens, expected {length}")
+            for name, values in (("tokens", record.tokens), ("mask values", record.present())):
+                if values.shape != (length,):
+                    raise DamageError(f"the row has {values.size} {name}, expected {length}")
             if not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < ids:
                 raise DamageError(f"a token is outside the vocabulary of {ids} ids")
             if whole and (found := row_crc(record, block)) != int(row["crc32c"]):

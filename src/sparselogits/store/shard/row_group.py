@@ -1,9 +1,9 @@
 """Validate a row group's pages before Parquet's parser reads them, and its values afterwards.
 
 Parquet can encode a gigabyte of zeros in a few bytes: by a dictionary, run lengths, deltas,
-compression, or a header with a forged size. A shard uses none of these except zstd for its tokens,
-whose number is known. Pages of any other form are therefore rejected, and the decoded size of a
-page is bounded by its encoded size and the window length.
+compression, or a header with a forged size. A shard uses none of these except zstd for its tokens
+and inputs, whose numbers are bounded. Pages of any other form are therefore rejected, and the
+decoded size of a page is bounded by its encoded size and the window length.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rows:
 def require_pages(
     group: pq.RowGroupMetaData, schema: pa.Schema, first: int, data: bytes, length: int
 ) -> None:
-    """Validate that each column of a row group has one plain data page of bounded size.
+    """Validate that each column of a row group is one data page of known encoding and bounded size.
 
     The row group consists of the bytes `data` from byte `first` of the file on; `length` is the
     number of tokens per window.
@@ -114,7 +114,7 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     `start` is the index of the first window, and `length` the number of tokens per window.
 
     Raises:
-        DamageError: a value is invalid; the message contains the window.
+        DamageError: a value is invalid; the message contains the window or the column.
     """
     columns: dict[str, Any] = {name: _only_chunk(table, name) for name in table.column_names}
     rows = table.num_rows
@@ -132,9 +132,11 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     _require_starts(starts, start_bounds, start, length)
     loss, entropy = (columns[n].to_numpy() for n in ("teacher_loss", "teacher_entropy"))
     # comparisons with NaN are False
-    _require((loss >= -ROUNDING) & (loss <= LARGEST_LOSS), start, "has an impossible teacher_loss")
+    sound = (loss >= -ROUNDING) & (loss <= LARGEST_LOSS)
+    _require(sound, start, f"has a teacher_loss outside [0, {LARGEST_LOSS:g}]")
     most = np.log(vocab_size) + 0.01
-    _require((entropy >= -ROUNDING) & (entropy <= most), start, "has an impossible teacher_entropy")
+    sound = (entropy >= -ROUNDING) & (entropy <= most)
+    _require(sound, start, f"has a teacher_entropy outside [0, log({vocab_size})]")
     masks = _masks(columns["mask"], start, length)
     hidden, rate = _hidden(columns, masks, start, vocab_size) if "inputs" in columns else ([], [])
     return Rows(
@@ -157,7 +159,7 @@ def _hidden(
     """Return each row's inputs at positions with a target, and its rate of corruption."""
     rate = columns["rate"].to_numpy()
     _require((rate > 0) & (rate <= 1), start, "has a rate that is not in (0, 1]")
-    _require(np.array([m is not None for m in masks]), start, "has corrupted inputs and no mask")
+    _require(np.array([m is not None for m in masks]), start, "has corrupted inputs but no mask")
     values, bounds = _lists(columns["inputs"])
     chosen = np.array([0 if mask is None else int(mask.sum()) for mask in masks])
     _require(np.diff(bounds) == chosen, start, "does not have one input per position with a target")
@@ -170,7 +172,7 @@ def _hidden(
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
-    """Validate that a column has no missing values, and return its values."""
+    """Validate that no value of a column other than `mask` is missing, and return the values."""
     column = table.column(name)
     if column.num_chunks != 1 or (name != "mask" and column.null_count):
         raise DamageError(f"column {name} has missing values, expected none")
@@ -185,7 +187,7 @@ def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
 
 
 def _masks(column: pa.ListArray, start: int, length: int) -> list[Bool | None]:
-    """Validate the lengths of masks, and return the mask of each row."""
+    """Validate the lengths of masks; return the mask of each row, None for a row without one."""
     values, bounds = _lists(column)
     if column.null_count == len(column):
         return [None] * len(column)

@@ -60,10 +60,10 @@ def encode_shard(
 ) -> tuple[str, bytes]:
     """Encode records of consecutive windows as a shard; return the name and content of the file.
 
-    The result depends only on the arguments and the version of pyarrow.
+    The result depends only on the arguments and the versions of pyarrow and pcodec.
 
     Raises:
-        InvalidTargetsError: a record does not match the identity or the other records.
+        InvalidTargetsError: the codec of the identity cannot encode a record's targets.
     """
     first, stop = records[0].window_index, records[0].window_index + len(records)
     codec = TargetCodec.of(identity)

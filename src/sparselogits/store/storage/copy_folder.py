@@ -53,7 +53,7 @@ class CopyFolder:
 
     @classmethod
     def default(cls) -> CopyFolder:
-        """Create the folder with the path and limit that environment variables give.
+        """Return the folder with the path and limit that environment variables give.
 
         SPARSELOGITS_COPY is the path, by default `copy` in the user's cache folder.
         SPARSELOGITS_COPY_GB is the limit in GiB, by default 10.

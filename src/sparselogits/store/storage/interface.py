@@ -1,7 +1,7 @@
 """Define the interface of storages: the file operations that caches use.
 
-Every file is written once and completely, and never changed afterwards, so that no locks are
-required. Names are paths relative to the cache, separated by `/`.
+Every file except the dataset card is written once and completely, and never changed afterwards, so
+that no locks are required. Names are paths relative to the cache, separated by `/`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class LocalStorage:
                 )
 
     def clean(self, folder: str) -> list[str]:
-        """Remove temporary files of this machine's dead processes; return their names."""
+        """Remove temporary files of dead processes; return their names."""
         return clean_leftovers(self.root / folder)
 
     @contextlib.contextmanager

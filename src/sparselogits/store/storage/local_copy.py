@@ -31,15 +31,15 @@ class LocalCopy:
         return self.storage.location
 
     def names(self, folder: str) -> list[str]:
-        """Return the current sorted names of the files in a folder."""
+        """Return the sorted names of a folder's files, requested from the storage each time."""
         return self.storage.names(folder)
 
     def size(self, name: str) -> int:
-        """Return the current size of a file in bytes."""
+        """Return the size of a file in bytes, requested from the storage each time."""
         return self.storage.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return the bytes [start, stop) of a file, from a copy if it is a range of a shard.
+        """Return the bytes [start, stop) of a file; ranges of shards are read from copies.
 
         Other files are not copied, so that a new cache at the same URL is detected by its
         cache.json.

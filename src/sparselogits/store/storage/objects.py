@@ -2,8 +2,8 @@
 
 fsspec provides the drivers, such as s3fs for `s3://`. A driver must support reading ranges,
 listing, and a conditional put, which creates an object only if it does not exist. A conditional put
-is atomic, so temporary objects are not required, and any one of several concurrent writers may
-succeed. Drivers without a conditional put, such as `hf://`, check for the name before the put, so
+is atomic, so temporary objects are not required, and exactly one of several concurrent writers
+succeeds. Drivers without a conditional put, such as `hf://`, check for the name before the put, so
 use only one writer at a time with them. With drivers whose puts may not be atomic, such as
 `sftp://`, an object is written under a temporary name, its size is compared, and it is renamed.
 
@@ -168,7 +168,7 @@ class ObjectStorage:
         self._ask("write", name, put)
 
     def move(self, name: str, to: str) -> None:
-        """Rename an object by reading, putting and deleting it; sends three requests.
+        """Rename an object by reading, putting and deleting it.
 
         Raises:
             CacheError: the new name already exists.

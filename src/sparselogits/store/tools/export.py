@@ -7,7 +7,7 @@ topk        Parquet with one row per window: tokens, and the K ids with the larg
 weighted    Parquet with one row per window: input tokens [N], target tokens [N, K] and weights
             [N, K], the inputs of a weighted cross-entropy such as Tinker's
 distillkit  Parquet and compression_config.yaml: Top-K lists in DistillKit's packing, lossless
-axolotl     Parquet: Top-K lists in the columns of Axolotl's KD plugin, tokenised
+axolotl     Parquet: Top-K lists as token ids, in the columns of Axolotl's KD plugin
 datasets    folder for `datasets.load_from_disk`, with the columns of `lists`
 """
 
@@ -85,9 +85,10 @@ def export(
         Paths of the files, or of the folder for the format `datasets`.
 
     Raises:
-        InvalidArgumentError: the format is unknown, k is below 1, alpha is outside of [0, 1], the
-            folder is not empty, or the format cannot represent the cache: `distillkit` requires a
-            target at every position, and the formats of trainers require a causal model.
+        InvalidArgumentError: the format is unknown, k is below 1 (or, for `distillkit` and
+            `axolotl`, above the vocabulary size), alpha is outside of [0, 1], the folder is not
+            empty, or the format cannot represent the cache: `distillkit` requires a target at every
+            position, and the formats of trainers require a causal model.
         CacheError: the cache is empty.
         StorageError: the folder cannot be written; no partial export remains.
 
@@ -222,16 +223,14 @@ def _padded_heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array, _Arr
     real = weights > 0
     for position in np.flatnonzero(~real.all(1)):
         own = ids[position, real[position]]
-        others = np.setdiff1d(
-            np.arange(k), own
-        )  # distinct ids for readers that scatter them into a row
+        others = np.setdiff1d(np.arange(k), own)  # distinct, since readers scatter them into a row
         ids[position, ~real[position]] = others[: k - len(own)]
     logs = np.where(real, np.log(np.where(real, weights, 1)), _NO_LOGPROB)
     return ids, logs.astype(np.float32), real
 
 
 def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the row of a window in the format `distillkit`: float32 logprobs, big-endian ids."""
+    """Return the row of a window in the format `distillkit`; ids are packed high bits first."""
     labels = settings.labels(record)[:-1]
     if (labels == IGNORE_INDEX).any():
         raise InvalidArgumentError(
@@ -262,7 +261,7 @@ def _packing(settings: _Settings) -> str:
 
 
 def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the row of a window in the format `axolotl`, with targets by predicted token."""
+    """Return the row of a window in the format `axolotl`, with targets at predicted tokens."""
     from sparselogits.documents import restarting_positions  # slow to import
 
     labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)

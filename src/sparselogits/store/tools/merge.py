@@ -26,7 +26,7 @@ class MergeReport:
 
     Args:
         copied: ranges whose shards were copied.
-        kept: ranges whose shards existed in the merged cache and were kept.
+        kept: ranges whose shards existed in the merged cache and were not replaced.
         set_aside: (old name, new name) of each damaged file of the merged cache that was moved.
     """
 
@@ -51,9 +51,9 @@ def merge(
         progress: called with the numbers of shards done and in total.
 
     Raises:
-        IdentityMismatchError: two sources have different identities, or were built from different
-            texts.
-        CacheError: there is no source, or two ranges overlap without being equal; nothing was
+        IdentityMismatchError: two of the caches have different identities, or were built from
+            different texts.
+        CacheError: there is no source, or two ranges overlap without being equal; no shard was
             written.
         CacheCorruptionError: a shard is damaged; the shards before it were copied.
         StorageError: a cache cannot be reached or written.
@@ -146,7 +146,10 @@ def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
 
 
 def _is_kept(source: Cache, target: Cache, windows: Range) -> bool:
-    """Return whether an existing shard of the merged cache is sound; validate its text if so."""
+    """Return whether the merged cache has a sound shard of a range.
+
+    Raises IdentityMismatchError if this shard was built from another text than the source's.
+    """
     name = shard_name(*windows)
     here, there = _frame(source.storage, name), _frame(target.storage, name)
     if there is not None and here == there:

@@ -2,8 +2,8 @@
 
 Files are written in the order of a build: cache.json, which claims the URL, then the shards, each
 of which is verified, and finally the dataset card with statistics. Other files are not changed, and
-links are not followed. Sound shards at the URL are kept, so an interrupted push can be repeated,
-and a later push adds the shards built since. Readers can open the cache during a push.
+links are not followed. Sound shards at the URL are not copied again, so an interrupted push can be
+repeated, and a later push adds the shards built since. Readers can open the cache during a push.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> Me
     Raises:
         InvalidArgumentError: `url` is not a URL, or a file of the cache is a link.
         IdentityMismatchError: the URL contains a cache with another identity or text.
-        CacheError: the cache has no shard, or its shards overlap those at the URL.
+        CacheError: the cache has no shard, or one of its shards overlaps a shard at the URL.
         CacheCorruptionError: a shard is damaged; the shards before it were copied.
         StorageError: the URL cannot be reached or written.
 

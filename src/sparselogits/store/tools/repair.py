@@ -44,7 +44,7 @@ def repair(
 ) -> RepairReport:
     """Move all damaged shards to the folder `damaged` of the cache.
 
-    A build may run at the same time, because shards that were rebuilt after the report are kept.
+    A build may run at the same time, because shards rebuilt after the report are not moved.
 
     Args:
         cache: the cache.
@@ -66,7 +66,7 @@ def repair(
         moved, rebuild = [], list(report.missing)
         sound = [shard.windows for shard in report.shards if shard.error is None]
         for shard in report.damaged:
-            if is_sound(cache, shard.windows, beside=sound, text_of=text_of):
+            if is_sound(cache, shard.windows, others=sound, text_of=text_of):
                 continue  # rebuilt since the report
             with suppress(FileNotFoundError):  # removed since the report
                 moved.append((shard.name, set_aside(cache, shard.name)))
@@ -77,7 +77,7 @@ def repair(
 
 @contextmanager
 def _exclusive(cache: Cache) -> Iterator[None]:
-    """Lock the cache against other repairs, which could move a rebuilt shard."""
+    """Lock a cache in a local folder against other repairs, which could move a rebuilt shard."""
     storage = cache.storage
     if not isinstance(storage, LocalStorage):
         yield

@@ -31,7 +31,7 @@ class Histogram:
 
     Args:
         edges: B + 1 ascending edges. A bin includes its lower edge; the last bin includes both.
-        counts: number of values in each bin.
+        counts: number of values in each bin; the outer bins also count values beyond the edges.
     """
 
     edges: tuple[float, ...]
@@ -120,11 +120,11 @@ class LabelStatistics:
     Args:
         tokens: number of tokens, with or without a target.
         positions: number of tokens whose position has a target.
-        entries: number of entries at these positions.
-        mass: sum of all weights at these positions.
+        entries: number of entries at positions with a target.
+        mass: sum of all weights at positions with a target.
         windows: number of windows whose tokens all have the label.
-        teacher_loss: sum over these windows of the teacher's mean loss, in nats.
-        teacher_entropy: sum over these windows of the teacher's mean entropy, in nats.
+        teacher_loss: sum of the teacher's mean losses on the windows counted in `windows`, in nats.
+        teacher_entropy: sum of the mean entropies on the windows counted in `windows`, in nats.
     """
 
     tokens: int = 0
@@ -141,9 +141,10 @@ class LabelStatistics:
         return self
 
     def to_json(self) -> dict[str, float | int | None]:
-        """Return the numbers, and means per position or window, as JSON values; None without any.
+        """Return the numbers, and means per position or window, as JSON values.
 
-        Loss and entropy are means over the windows whose tokens all have the label.
+        Loss and entropy are means over the windows whose tokens all have the label. A mean over no
+        positions or windows is None.
         """
 
         def mean(total: float, count: int) -> float | None:
@@ -167,7 +168,7 @@ def statistics_by_label(
     """Return the statistics of windows by the label of their documents.
 
     A position belongs to the document of its token. A cache stores the teacher's loss and entropy
-    once per window, so these count only for windows whose documents all have one label.
+    once per window, so loss and entropy count only for windows whose documents all have one label.
 
     Args:
         windows: windows of a cache.

@@ -94,6 +94,7 @@ def verify(
     Raises:
         StorageError: a shard cannot be reached.
         CacheCorruptionError: a file in `texts/` is damaged.
+        CacheError: two shards overlap.
 
     Examples:
         >>> from sparselogits.store import Cache
@@ -112,19 +113,20 @@ def verify(
 
 
 def is_sound(
-    cache: Cache, windows: Range, *, beside: Iterable[Range] = (), text_of: TextOf | None = None
+    cache: Cache, windows: Range, *, others: Iterable[Range] = (), text_of: TextOf | None = None
 ) -> bool:
     """Return whether one shard is sound; see `verify`.
 
-    If the cache records no texts, the shard's text is compared with the texts of `beside`, ranges
-    of sound shards.
+    If the cache records no texts, the shard's text is compared with those of the sound shards with
+    the ranges `others`.
 
     Raises:
         StorageError: the shard cannot be reached.
+        CacheCorruptionError: a file in `texts/` or the footer of another shard is damaged.
     """
     named = named_texts(cache.storage)
     texts = TextCheck(named)
-    for other in () if named else beside:
+    for other in () if named else others:
         texts.require(other, cache.provenance(other[0]))
     return _verify_shard(cache, windows, None, texts, text_of).error is None
 
@@ -196,9 +198,8 @@ _REBUILD = "run `sparselogits repair` on the cache, then build its windows again
 
 def _totals(record: WindowRecord) -> tuple[int, int, float, float, Window]:
     """Return the numbers of entries and of positions with a target, loss, entropy and text."""
-    mask = (
-        record.mask if record.inputs is None else None
-    )  # of corrupted windows it marks chosen tokens
+    # the mask of a corrupted window marks the chosen tokens and is no part of the text
+    mask = record.mask if record.inputs is None else None
     window = Window(record.window_index, record.tokens, record.document_starts, mask)
     positions = int(record.present().sum())
     return record.targets.entries, positions, record.teacher_loss, record.teacher_entropy, window
