@@ -1,7 +1,7 @@
 """Validate the arguments of `SparseKDTrainer`.
 
-Every argument of transformers' Trainer and TrainingArguments has the effect that transformers
-documents, or is rejected by name before training starts.
+Arguments of transformers' Trainer and TrainingArguments that `SparseKDTrainer` does not support are
+rejected by name when the trainer is created.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REJECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "label_names": (
         lambda value: value is not None,
-        "the labels are those of the cache's windows. Leave it out",
+        "the labels are those of the cache's windows. Leave label_names out",
     ),
     "deepspeed": (
         lambda value: value is not None,
@@ -53,21 +53,21 @@ REJECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "that checkpoints and thinning are computed from. Leave both out",
     ),
 }
-"""Test for unsupported values, and reason with advice, by field of TrainingArguments."""
+"""Test for unsupported values, and the reason with advice, by field of TrainingArguments."""
 
 REJECTED_BY_TRAINER: dict[str, str] = {
     "compute_loss_func": "`method` and `alpha` define the loss. For another loss, call "
     "sparselogits.linear_sparse_cross_entropy in your own Trainer",
 }
-"""Reason with advice, by unsupported argument of the Trainer itself."""
+"""Reason with advice, by unsupported argument of the Trainer's constructor."""
 
 
 def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
-    """Check that every argument would have the effect that transformers documents.
+    """Validate that no argument is one that `SparseKDTrainer` does not support.
 
     Args:
         args: transformers' TrainingArguments.
-        others: arguments of the Trainer itself, by name.
+        others: arguments of the Trainer's constructor, by name.
 
     Raises:
         InvalidArgumentError: If an argument is not supported; the message says what to do instead.

@@ -1,6 +1,7 @@
 """Detect a loss that is not finite without waiting for the device in every step.
 
-Losses stay on the device until the Trainer waits for it: at log lines, checkpoints, and the end.
+Losses stay on the device until the Trainer waits for the device anyway: at log lines, checkpoints
+and the end of training.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _MOST_UNCHECKED = 512
-"""Largest number of losses stored between two checks, whatever the logging interval."""
+"""Number of stored losses at which `FiniteGuard.add` requests a check."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class NotFinite:
 
 
 class FiniteGuard:
-    """Losses of a rank's batches that have not been checked yet."""
+    """Store of the losses of a rank's batches until they are checked."""
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, Tensor]] = []

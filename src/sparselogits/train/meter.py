@@ -1,12 +1,15 @@
 """Accumulate the metrics of a log line, except the loss, without waiting for the device.
 
+Losses are means over positions with a label.
+
     kd                  cross-entropy to the cached target, or divergence from the online teacher,
                         nats
     ce                  cross-entropy to the label, nats
     kl                  KL(teacher || student), nats: kd minus the teacher's entropy
     cosine              1 - cosine of the last hidden states of student and online teacher
-    entries             stored entries per position
-    tokens_per_second   tokens per second over all ranks, without evaluation and saving
+    entries             stored entries per position with a label
+    tokens_per_second   tokens per second over all ranks; the time from a log line to the next batch
+                        (evaluation, saving) does not count
     data_seconds        seconds that a rank waited for batches, mean over ranks
 
 The cached teacher's entropy is a mean over all positions of a window. Positions without a label
@@ -28,7 +31,8 @@ _SUMS = ("kd", "ce", "cosine", "entropy", "entries", "positions", "tokens")
 class LossMeter:
     """Accumulator of losses and counts over positions, and of the time spent waiting for data.
 
-    The sums are elements of one tensor, which a compiled forward can update.
+    `take` returns the metrics. The sums are elements of one tensor, which a compiled forward can
+    update.
     """
 
     def __init__(self) -> None:

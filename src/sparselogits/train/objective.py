@@ -52,7 +52,7 @@ class Objective:
         alpha: share of the labels' cross-entropy in the loss, in [0, 1].
         missing_mass: rule for the probability mass that biased targets lack, see `losses`.
         temperature: temperature at which the teacher was sampled.
-        unbiased: whether the targets are unbiased, so that a KL can be reported.
+        unbiased: whether the targets are unbiased, so that a KL divergence can be reported.
         teacher_head: head of the online teacher; each batch contains the teacher's hidden states.
         teacher_tokens: mask of the online teacher's ids that are tokens, bool [V]; None if all ids
             are tokens.
@@ -121,11 +121,11 @@ class Wiring:
 def bind(model: nn.Module, objective: Objective) -> Wiring:
     """Replace the forward of one model instance by one that computes the objective.
 
-    Called with `shift_labels`, the model returns a loss without logits: the objective if gradients
-    are recorded, otherwise the labels' cross-entropy (evaluation). Other calls are unchanged. The
-    class of the model is replaced by a subclass of the same name; copies and pickles have the
-    original class. If trunk and head cannot be run separately, the loss is computed on the logits
-    of the model's forward, with a warning.
+    Called with `shift_labels`, the model returns a loss: the objective if gradients are recorded,
+    otherwise the labels' cross-entropy (evaluation), with logits only if the objective has
+    `with_logits`. Other calls are unchanged. The class of the model is replaced by a subclass of
+    the same name; copies and pickles have the original class. If trunk and head cannot be run
+    separately, the loss is computed on the logits of the model's forward, with a warning.
 
     Returns:
         The wiring, with which `attach` binds the model again after `unbind`.
@@ -241,7 +241,8 @@ def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
 def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward that computes the objective if labels are given, else calls `plain`.
 
-    transformers inspects the signature, for example to decide whether to pass an attention mask.
+    The result has the signature of `plain`, which transformers inspects, for example to decide
+    whether to pass an attention mask.
     """
 
     @wraps(plain)
@@ -440,7 +441,7 @@ def _run(
 def _run_documents(
     model: nn.Module, run: Callable[..., Tensor], wiring: Wiring, inputs: dict[str, Any]
 ) -> Tensor:
-    """Run the windows of a batch, or their documents if attention restarts at these."""
+    """Run the windows of a batch, or each document alone if attention restarts at documents."""
     positions = inputs.get("position_ids")
     if positions is not None and int((positions == 0).sum()) > len(positions):
         del inputs["position_ids"]
@@ -463,26 +464,15 @@ def _sparse(
     position_weights: Tensor | None,
     criterion: Criterion,
 ) -> LossParts:
+    given: dict[str, Any] = {"position_weights": position_weights, "criterion": criterion}
     if head is None:
-        return sparse_cross_entropy(
-            states,
-            ids,
-            weights,
-            labels=labels,
-            position_weights=position_weights,
-            criterion=criterion,
-            return_parts=True,
-        )
+        return sparse_cross_entropy(states, ids, weights, labels=labels, return_parts=True, **given)
     return linear_sparse_cross_entropy(
-        states,
-        head.weight,
-        ids,
-        weights,
+        *(states, head.weight, ids, weights),
         labels=labels,
         linear_bias=head.bias,
-        position_weights=position_weights,
-        criterion=criterion,
         return_parts=True,
+        **given,
     )
 
 

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sparselogits.allowances import ALLOWANCES
 from sparselogits.data import CacheDataset, DraftVocabulary, Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
@@ -130,7 +131,7 @@ class Student(_Strict):
         None, description=f"size of a new Llama-like model: {', '.join(SIZES)}"
     )
     hidden_size: Count = Field(
-        128, description="hidden size D of a new model whose dimensions are given instead of size"
+        128, description="hidden size D of a new model, if its dimensions are given instead of size"
     )
     layers: Count = Field(4, description="number of transformer blocks of a new model")
     heads: Count = Field(
@@ -192,10 +193,11 @@ def student_of(config: str) -> dict[str, Any]:
     """Parse the value of `--student-config` into the fields of a student.
 
     Args:
-        config: name of a size, numbers such as `layers=12,width=768`, or path of a config.json.
+        config: name of a size, numbers such as `layers=12,width=768`, or path of a config.json or
+            of a folder with one.
 
     Raises:
-        RecipeError: If a name or a number is invalid.
+        RecipeError: If a name is unknown or a value is not an integer.
     """
     if config in SIZES:
         return {"size": config}
@@ -412,7 +414,7 @@ def training_argument_names() -> tuple[str, ...]:
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the keys of a recipe.json of any version to those of this version."""
+    """Convert the settings in a recipe.json of any version to those of this version."""
     new = {RENAMED.get(name, name): value for name, value in values.items() if name != "trainer"}
     if "precision" in values:
         new["bf16"] = values["precision"] == "bfloat16"
@@ -429,7 +431,7 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _caches(value: Any) -> Any:
-    """Check that a value is the folder or URL of a cache, or a list of folders and URLs."""
+    """Return a value that is the folder or URL of a cache, or a list of these; reject others."""
     caches = value if isinstance(value, list) else [value]
     if not caches or not all(isinstance(cache, str | Path) for cache in caches):
         raise ValueError("give the folder or URL of a cache, or a list of folders and URLs")
@@ -437,7 +439,7 @@ def _caches(value: Any) -> Any:
 
 
 def _weights(value: Any) -> Any:
-    """Check the type of the teachers' mixture weights; `CacheDataset` validates the values."""
+    """Validate the type of the teachers' mixture weights (`CacheDataset` validates the numbers)."""
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     for row in rows if value not in (None, "best") else ():
         if not isinstance(row, list) or any(type(x) not in (int, float) for x in row):
@@ -513,7 +515,8 @@ class Recipe(TrainingSettings):
     )
     allow: list[str] = Field(
         default_factory=list,
-        description="checks whose failure is a warning instead of an error (see --allow)",
+        description="checks whose failure is a warning instead of an error: "
+        f"{', '.join(ALLOWANCES)}",
     )
 
     @model_validator(mode="before")
@@ -565,7 +568,7 @@ class Recipe(TrainingSettings):
         return self.cache if isinstance(self.cache, list) else [self.cache]
 
     def dataset(self) -> CacheDataset:
-        """Open the caches as one dataset, mixed and restricted as the recipe says."""
+        """Open the caches as one dataset, with the recipe's weights and draft vocabulary."""
         named = self.draft_vocabulary
         draft = None if named is None else DraftVocabulary.load(named)
         return CacheDataset(self.caches, weights=self.weights, draft=draft, seed=self.seed)

@@ -1,7 +1,7 @@
 """Compute the load-balancing loss of a mixture of experts whose trunk runs without the head.
 
 transformers computes this auxiliary loss after the head, with `load_balancing_loss_func` of the
-model's module. Here this function is called on the router logits that the trunk returns.
+model's module; here that function is called on the router logits that the trunk returns.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from sparselogits.language_model import Parts, in_eval_mode, probe_tokens, text_config
 
 BalancingLoss = Callable[[Any, Tensor | None], Tensor]
-"""Function from the trunk's output and the attention mask to the loss times its coefficient."""
+"""Function from the trunk's output and the attention mask to the loss times `coefficient`."""
 
 
 def balances_experts(model: nn.Module) -> bool:
-    """Return whether the model's configuration adds the load-balancing loss to the total loss."""
+    """Return whether the model's configuration adds the load-balancing loss to the model's loss."""
     return bool(getattr(text_config(model.config), "output_router_logits", False))
 
 
 def coefficient(model: nn.Module) -> float:
-    """Return the coefficient of the load-balancing loss in the total loss."""
+    """Return the load-balancing loss's coefficient in the model's loss; 0 if it has none."""
     return float(getattr(text_config(model.config), "router_aux_loss_coef", 0.0))
 
 

@@ -1,7 +1,7 @@
 """Run a recipe: train a student, and write the model and the metrics of training to one folder.
 
     OUT/
-      recipe.json     the validated recipe, and the identity of the cache
+      recipe.json     the validated recipe, and fingerprints of the cache, its text and the student
       model/          the student, in transformers' format
       adapter/        the adapter alone in PEFT's format, if one was trained
       drafter-head.safetensors   the head for a draft vocabulary alone, as in EAGLE-3 checkpoints
@@ -10,7 +10,7 @@
       checkpoints/    checkpoints of the Trainer, while the run is unfinished
 
 A finished run is not repeated; an interrupted run resumes from its last checkpoint. The cache is
-recognised by its identity, so it may be moved.
+recognised by fingerprint, so it may be moved.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ from sparselogits.train.student import (
     find_tokenizer,
     give_tokens,
     make_student,
-    parameters_of,
     saved_dtype,
 )
 from sparselogits.train.trainer import SparseKDTrainer
@@ -165,7 +164,7 @@ def run(
     Raises:
         RecipeError: If `out` contains a run of another recipe, or a setting is invalid.
         TrainingError: If another process trains in `out`, or the loss is not finite.
-        IdentityMismatchError: If the teacher is not the teacher of the cache.
+        IdentityMismatchError: If the teacher, or the tokenizer, is not that of the cache.
         StorageError: If the folder cannot be written.
 
     Examples:
@@ -278,9 +277,9 @@ def _run(
 
 
 def save_untrained(recipe: Recipe) -> RunResult:
-    """Save the untrained student of a recipe as `run` saves a trained one.
+    """Save the untrained student of a recipe as `run` saves a trained student.
 
-    If the recipe quantises the student, its weights are rounded (post-training quantisation).
+    If the recipe quantises the student, the weights are rounded (post-training quantisation).
 
     Args:
         recipe: the recipe; settings of training have no effect.
@@ -330,7 +329,7 @@ def _save(
 def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -> PlannedRun:
     dataset = trainer.train_dataset
     pace = trainer.pace()
-    student = type(trainer.model).__name__
+    student, parameters = type(trainer.model).__name__, list(trainer.model.parameters())
     if recipe.student.path is not None:
         student = f"{recipe.student.path} ({student})"
     else:
@@ -346,7 +345,8 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
     computed = "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32"
     return PlannedRun(
         student=student,
-        **parameters_of(trainer.model),
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
         dtype=f"float32 weights, computed in {computed}",
         saved=str(saved_dtype(recipe)).removeprefix("torch.")
         if recipe.student.quantize is None
@@ -364,7 +364,7 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
 def _heldout(
     recipe: Recipe, corruption: Corruption | None, draft: DraftVocabulary | None
 ) -> TextDataset:
-    """Return the windows that were held out when the cache was built."""
+    """Return the windows held out when the cache was built; raise RecipeError if there are none."""
     folders = [Path(cache) / "corpus" for cache in recipe.caches if not is_url(cache)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     heldout = None
@@ -386,7 +386,7 @@ def _caches_in_words(recipe: Recipe) -> str:
 
 
 def _require_reporters(names: list[str]) -> None:
-    """Check that the trackers of a recipe are installed."""
+    """Validate that the trackers of a recipe are known and installed."""
     from transformers.integrations import get_reporting_integration_callbacks
 
     for name in names:
@@ -394,7 +394,9 @@ def _require_reporters(names: list[str]) -> None:
             for kind in get_reporting_integration_callbacks([name]):
                 kind()
         except ValueError as error:
-            raise RecipeError(f"report_to: {error} Name one of these, or leave it out") from error
+            raise RecipeError(
+                f"report_to: {error} Name one of these, or leave report_to out"
+            ) from error
         except (RuntimeError, ImportError) as error:
             raise MissingDependencyError(
                 f"report_to: {name} is not installed: pip install {name}, or leave it out"
@@ -412,7 +414,7 @@ def _thinning(recipe: Recipe, dataset: CacheDataset) -> Schedule | None:
 
 
 class _LogLastStep(TrainerCallback):  # type: ignore[misc]
-    """Callback that logs the last step in any case, so that a short run reports a loss."""
+    """Callback that logs the last step whatever `logging_steps` is, so that a run has a loss."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -420,16 +422,15 @@ class _LogLastStep(TrainerCallback):  # type: ignore[misc]
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
-    """Callback that passes the Trainer's log lines to a progress function."""
+    """Callback that passes the Trainer's steps and log lines to a progress function."""
 
     def __init__(self, progress: TrainingProgress) -> None:
         self.progress = progress
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.progress(state.global_step, state.max_steps, {})
-
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.progress(state.global_step, state.max_steps, {})
+
+    on_train_begin = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         line = {k: v for k, v in (others.get("logs") or {}).items() if isinstance(v, float)}
@@ -437,7 +438,7 @@ class _Report(TrainerCallback):  # type: ignore[misc]
 
 
 def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments:
-    """Return the TrainingArguments of a recipe, checked for those that are not supported."""
+    """Return the TrainingArguments of a recipe, after validating that they are supported."""
     settings: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
         "adam_beta2": 0.95,
@@ -514,7 +515,7 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, f
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
-    """Return the values in recipe.json; allowances have no effect on the result of a run."""
+    """Return the recipe as stored in recipe.json, without `allow`, which affects no result."""
     values = recipe.model_dump(mode="json", exclude={"allow"})
     return values | {"learning_rate": recipe.peak_learning_rate}
 
@@ -532,7 +533,10 @@ def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunResult | None:
-    """Return the result of a finished run of this recipe and cache; None if it is not finished."""
+    """Return the result of a finished run of this recipe; None if there is no finished run.
+
+    Raises RecipeError if the folder contains a run of another recipe, cache or student.
+    """
     if not (out / "recipe.json").exists():
         return None
     before = with_new_names(json.loads((out / "recipe.json").read_text()))
@@ -581,7 +585,8 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
     """Validate that a teacher is the one of a cache and reads the tokens of the cache.
 
     Raises:
-        IdentityMismatchError: the teacher has other weights, or the cache was retokenized.
+        IdentityMismatchError: the teacher has other weights (a warning if "other-teacher" is
+            allowed), or the cache was retokenized.
     """
     if "retokenized" in identity.teacher:
         raise IdentityMismatchError(

@@ -42,8 +42,8 @@ def save_student(
         tokenizer: tokenizer to save with the student; None to save none.
         dtype: number format of the saved weights.
         card: text of the model card.
-        draft: draft vocabulary of the student's head, which is also saved alone as
-            OUT/drafter-head.safetensors; None for a head for all ids.
+        draft: draft vocabulary of the student's head; the head is also saved alone, as
+            OUT/drafter-head.safetensors. None for a head for all ids.
         quantization: quantisation of the saved weights; None for weights in `dtype`.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def student_configuration(
         separator_id: id of the token that ends a text, if the settings have no configuration.
 
     Raises:
-        RecipeError: If a configuration file cannot be read.
+        RecipeError: If a configuration file cannot be read or defines too many layers.
     """
     if student.config is not None:
         return _configuration(student.config)
@@ -175,7 +174,11 @@ def _with_adapter(model: nn.Module, lora: Lora) -> nn.Module:
 
 
 def require_finite_weights(model: nn.Module, what: str) -> None:
-    """Raise `TeacherError` if weights of a model are not finite numbers."""
+    """Validate that all weights of a model are finite; `what` names the model in the message.
+
+    Raises:
+        TeacherError: a weight is NaN or infinite.
+    """
 
     def plain(parameter: nn.Parameter) -> torch.Tensor:
         values = parameter.detach()  # a quantised parameter is dequantised
@@ -239,7 +242,7 @@ def give_tokens(model: nn.Module, tokenizer: Any) -> None:
 
 
 def saved_dtype(recipe: Recipe) -> torch.dtype:
-    """Return the number format in which the student is saved."""
+    """Return the number format in which the student is saved, before any quantisation."""
     if recipe.save_dtype != "auto":
         return DTYPES[recipe.save_dtype]
     # rounding the weights first would change the quantised student
@@ -251,11 +254,3 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
         return torch.float32
     name = str(getattr(config, "dtype", None)).removeprefix("torch.")
     return DTYPES.get(name, torch.float32)
-
-
-def parameters_of(model: nn.Module) -> Mapping[str, int]:
-    """Return the numbers of all (`parameters`) and trainable (`trained`) parameters of a model."""
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }

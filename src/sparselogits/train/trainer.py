@@ -60,21 +60,23 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: the student, a transformers language model of the cache's kind, causal or masked. Its
             forward computes the loss while this trainer trains or evaluates, in calls with
-            `shift_labels`; otherwise the model is unchanged.
-        args: transformers' TrainingArguments, or TRL's SFTConfig. SFTConfig's settings for data
-            preparation (`max_length`, `packing`, ...) are ignored, as the cache fixes them.
+            `shift_labels`; otherwise the model is unchanged. None if `model_init` creates it.
+        args: transformers' TrainingArguments, or TRL's SFTConfig, whose settings for data
+            preparation (`max_length`, `packing`, ...) are ignored, as the cache fixes them. None
+            for `TrainingArguments("sparselogits-run")`.
         train_dataset: the cache, or several caches that are mixed (see `CacheDataset`). If it has a
             draft vocabulary, the student has a head for its classes (`DraftVocabulary.give_head`).
         method: name of a training method in `methods.METHODS`: "sparse" (the cached targets), "ce"
             (labels alone, the baseline without a teacher), or a divergence to the teacher's whole
             distribution with the teacher online: "full" (the expensive reference), "reverse_kl" (as
             in MiniLLM) or "jensen_shannon" (as in GKD).
-        alpha: share of the labels' cross-entropy in the loss.
+        alpha: share of the labels' cross-entropy in the loss, in [0, 1].
         beta: for "jensen_shannon", the share of the teacher in the mixture; None for 1/2.
         cosine: weight of the cosine loss between the last hidden states of student and teacher, for
             a method with the teacher online: the mean of 1 - cosine over all positions that are not
             padding (`alpha_cos` of DistilBERT). Hidden sizes must be equal.
-        missing_mass: rule for the probability mass that Top-K and Top-P targets lack.
+        missing_mass: rule for the probability mass that Top-K and Top-P targets lack; see
+            `losses.Criterion`.
         rounds: number of rounds to which the cached targets are thinned, at most the number in the
             cache; or a `Schedule` that changes the number during training. None uses all rounds.
         fresh_noise: with an integer `rounds`, whether to use different rounds in each epoch.
@@ -212,7 +214,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_NotebookColumns(self))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Create a student with `model_init`, and validate it as the constructor does."""
+        """Create a student with `model_init`, and validate the student as the constructor does."""
         model: nn.Module = super().call_model_init(trial)
         self._adopt(model)
         return model
@@ -372,8 +374,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def _without_repeated_labels(self, inputs: Any) -> Any:
         """Remove the labels of the windows that fill the last batches of an evaluation.
 
-        On several ranks, accelerate repeats windows so that all ranks have equal batches. It joins
-        the last batches in the order of the ranks, so the repeated windows come last.
+        On several ranks, accelerate repeats windows so that all ranks have equal batches, and joins
+        the last batches in the order of the ranks, so that the repeated windows come last.
         """
         state, labels = self.accelerator.gradient_state, inputs.get("shift_labels")
         if self.args.world_size == 1 or labels is None or not state.end_of_dataloader:
@@ -386,7 +388,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return {**inputs, "shift_labels": labels}
 
     def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        """Return a loader of batches; one for evaluation never omits the last windows."""
+        """Return a loader of batches, which omits the last windows in training only."""
         drops = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drops and options.get("is_training", False)
         try:
@@ -419,10 +421,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Log as transformers does, and add the metrics of `LossMeter` since the last log line.
+        """Log as transformers does; add the metrics of `LossMeter` to a line with the loss.
 
         Raises:
-            TrainingError: If a loss since the last line is not finite.
+            TrainingError: If a loss since the last line with a loss is not finite.
         """
         if "loss" in logs:
             logs = {**logs, **self.objective.training.take(self._sum_over_ranks)}
@@ -457,7 +459,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _windows_of_batch(self, step: int, batch: int) -> list[int]:
-        """Return the indices of the windows in one batch of a step on this rank."""
+        """Return the corpus indices of the windows in one batch of a step on this rank."""
         assert self._order is not None
         assert self._order.pace is not None
         pace, size = self._order.pace, self._train_batch_size
@@ -505,7 +507,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return made
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
-        """Run the Trainer's evaluation loop, and add the KD part of the loss to the metrics."""
+        """Run the Trainer's evaluation loop, and set the metrics that `evaluate` lists."""
         with self._bound():
             output = super().evaluation_loop(*arguments, **options)
         found = self.objective.evaluation.take(self._sum_over_ranks)
@@ -585,14 +587,14 @@ _STEP_FILE = "sparselogits.json"
 
 
 def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
-    """Check that a checkpoint was trained with the same number of windows per step."""
+    """Validate that a checkpoint was trained with the same number of windows per step."""
     before = _read_step_file(checkpoint).get("windows_per_step", windows_per_step)
     if before != windows_per_step:
         raise InvalidArgumentError(
             f"{checkpoint} was trained with {before} windows per step, this run takes "
             f"{windows_per_step} (ranks x batch x accumulation) and would resume at a different "
             f"position in the data: use {before} windows per step, or start in another folder. "
-            "ignore_data_skip=True keeps the weights and starts the data from the beginning"
+            "ignore_data_skip=True resumes the weights, but starts the data anew"
         )
 
 
@@ -600,6 +602,7 @@ def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
     """Return the number of windows that the order of a checkpoint covers.
 
     The number is smaller than the cache's if windows were added after the checkpoint was saved.
+    Raises InvalidArgumentError if the cache is another one or lacks windows of the checkpoint.
     """
     step = _read_step_file(checkpoint)
     if step.get("cache", dataset.identity.fingerprint) != dataset.identity.fingerprint:
@@ -618,7 +621,7 @@ def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
             f"{checkpoint} was trained on {windows} windows ({ranges_in_words(known)}), and the "
             f"cache at {dataset.cache.root} now contains {ranges_in_words(held)}: the run "
             "cannot resume in the same order. Restore the missing windows, or start in another "
-            "folder. ignore_data_skip=True keeps the weights and starts the data from the beginning"
+            "folder. ignore_data_skip=True resumes the weights, but starts the data anew"
         )
     if windows < len(dataset):
         warnings.warn(
@@ -657,7 +660,7 @@ def _require_cache(dataset: Any) -> None:
 
 
 def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
-    """Check that the missing-mass rule is defined for a draft vocabulary and for mixed caches."""
+    """Validate that a missing-mass rule is defined for a dataset's draft vocabulary or mixture."""
     if rule == "ghost" and getattr(dataset, "draft", None) is not None:
         raise InvalidArgumentError(
             "missing_mass='ghost' is not defined for a draft vocabulary, because the ghost token "
@@ -674,7 +677,7 @@ def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
 
 
 def _require_trl_settings(args: TrainingArguments, dataset: CacheDataset) -> None:
-    """Check that the cache and the objective satisfy the settings of TRL's arguments."""
+    """Validate that the settings of TRL's SFTConfig agree with the cache and the objective."""
     for name in ("assistant_only_loss", "completion_only_loss"):
         if getattr(args, name, None) and dataset.cache.read(0).mask is None:
             raise InvalidArgumentError(
