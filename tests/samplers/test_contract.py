@@ -251,7 +251,7 @@ def test_budget_out_of_reach():
     with pytest.raises(InvalidArgumentError, match="give its parameters instead"):
         fit_budget(TopP(), [some_logits()], 5)
     limited = type("Limited", (TopK,), {"largest_size": 100})
-    with pytest.raises(InvalidArgumentError, match="stores at most 100.0"):
+    with pytest.raises(InvalidArgumentError, match=r"stores at most 100\.0"):
         fit_budget(limited(), [some_logits()], 300)
     assert thinning_choices(50, 15) == 10
 

@@ -154,7 +154,7 @@ class Good(TopK):
     assert known["topk"].__module__ == "sparselogits.samplers.heads"
     for name, reason in {
         **{"absent": "no attribute 'Absent'", "mute": "does not define stores"},
-        **{"topk": "has the name 'topk'", "number": "is not a subclass"},
+        **{"topk": "has the name 'topk'", "number": "expected a subclass"},
         "clashing": "'k' of Clashing has the name of another option",
     }.items():
         assert name not in known or name == "topk"

@@ -154,7 +154,7 @@ def test_a_mixture_that_is_not_understood_falls_back_to_logits():
     plain = MIXTURES["mixtral"]().train()
     plain.__class__ = MixtralOfElsewhere
     bound = copy.deepcopy(plain)
-    with pytest.warns(SparseLogitsWarning, match="cannot be run apart"):
+    with pytest.warns(SparseLogitsWarning, match="cannot be run separately"):
         bind(bound, Objective("sparse", alpha=0.3))
     inputs = batch()
     loss = bound(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss
@@ -185,7 +185,7 @@ def test_an_adapter_on_the_head_falls_back_to_logits():
     adapter = Adapter(32, 96, bias=False)
     model.set_output_embeddings(adapter)
     plain = copy.deepcopy(model)
-    with pytest.warns(SparseLogitsWarning, match="cannot be run apart"):
+    with pytest.warns(SparseLogitsWarning, match="cannot be run separately"):
         bind(model, Objective("sparse"))
     inputs = batch()
     loss = model(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss

@@ -297,7 +297,7 @@ def test_a_student_that_adds_positions_is_refused(cache, tmp_path):
     student = get_peft_model(
         tiny_llama(seed=9), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     )
-    with pytest.warns(UserWarning, match="cannot be run apart"):
+    with pytest.warns(UserWarning, match="cannot be run separately"):
         trainer = trainer_of(cache, tmp_path, student)
     with pytest.raises(InvalidArgumentError, match="adds or removes positions"):
         trainer.train()

@@ -55,7 +55,7 @@ class NamedSignal:
     )
     signal: str = parameter(
         "variance",
-        "Learning signal of the student",
+        "Learning signal: distance from the teacher, or variance of a sampled round",
         choices=("distance", "variance"),
         label=" {}",
     )

@@ -57,7 +57,7 @@ def _checked(name: str, kind: object) -> type[Sampler]:
     """Validate that an entry point's object is a usable sampler class, and return it."""
     if not (isinstance(kind, type) and issubclass(kind, Sampler)):
         raise InvalidArgumentError(
-            f"{kind!r} is not a subclass of sparselogits.samplers.Sampler; expected a subclass"
+            f"found {kind!r}, expected a subclass of sparselogits.samplers.Sampler"
         )
     missing = [f for f in ("name", "title", "unbiased") if not hasattr(kind, f)]
     missing += sorted(kind.__abstractmethods__) if inspect.isabstract(kind) else []

@@ -142,8 +142,8 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
             parts = None  # only the model's own forward balances the router
     if parts is None:
         warnings.warn(
-            f"{type(model).__name__}: trunk and head cannot be run apart, so the loss is computed "
-            "on the logits of all positions, which take more memory",
+            f"{type(model).__name__}: trunk and head cannot be run separately, so the loss is "
+            "computed on the logits of all positions, which take more memory",
             SparseLogitsWarning,
             stacklevel=2,
         )

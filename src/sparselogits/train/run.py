@@ -560,7 +560,7 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
         changed += ["the weights of the student"] if "student" in other else []
     if changed:
         raise RecipeError(
-            f"{out} contains a run of another recipe (they differ in {', '.join(changed)}); "
+            f"{out} contains a run of another recipe (different: {', '.join(changed)}); "
             "choose another out, or move the folder"
         )
     if not done:
@@ -591,7 +591,7 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
     if "retokenized" in identity.teacher:
         raise IdentityMismatchError(
             "the cache was retokenized: its tokens are those of a student, and the teacher reads "
-            "others. Leave the teacher out, or use the cache from which this one was made"
+            "other tokens. Leave the teacher out, or use the cache from which this one was made"
         )
     mine, theirs = teacher.identity["weights"], identity.teacher.get("weights")
     if mine != theirs:

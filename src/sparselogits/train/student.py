@@ -131,7 +131,7 @@ def _configuration(path: str) -> Any:
     if not Path(path).exists():
         raise RecipeError(
             f"student: {shown(path)} is neither a size ({', '.join(SIZES)}), nor dimensions such "
-            "as layers=12,width=768, nor a config.json or a folder with one"
+            "as layers=12,width=768, nor a config.json or a folder with one; give one of these"
         )
     try:
         config = AutoConfig.from_pretrained(path)
@@ -192,7 +192,7 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
     if wrong:
         raise TeacherError(
             f"{what} has values that are not finite (NaN or infinity) in {len(wrong)} of its "
-            f"weights, {wrong[0]} first: its training diverged, or the file is damaged. Take an "
+            f"weights, {wrong[0]} first: its training diverged, or the file is damaged. Use an "
             "earlier checkpoint, or train the model again with a lower learning rate"
         )
 

@@ -99,8 +99,8 @@ def _read_guard(tail: bytes, size: int) -> Guard | int:
     if magic != b"PAR1":
         raise DamageError(f"the file is truncated: it ends with {magic!r}, expected b'PAR1'")
     framed = int(footer_length) + _CLOSING.size + _TAIL.size
-    if framed > min(size, LARGEST_FOOTER):
-        raise DamageError(f"the footer claims {footer_length} of the file's {size} bytes")
+    if framed > (most := min(size, LARGEST_FOOTER)):
+        raise DamageError(f"the footer claims {footer_length} bytes, expected fewer than {most}")
     if len(tail) < framed:
         return framed
     count, footer_crc, guard_crc, magic = _TAIL.unpack_from(tail, len(tail) - framed)
@@ -108,7 +108,7 @@ def _read_guard(tail: bytes, size: int) -> Guard | int:
         raise DamageError(f"found {magic!r} before the footer, expected a guard with {MAGIC!r}")
     whole = framed + int(count) * _RANGE.size
     if whole > size:
-        raise DamageError(f"the guard claims {count} row groups in a file of {size} bytes")
+        raise DamageError(f"the guard claims {count} row groups, too many for {size} bytes")
     if len(tail) < whole:
         return whole
     footer_start = len(tail) - framed + _TAIL.size

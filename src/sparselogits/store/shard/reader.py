@@ -108,7 +108,9 @@ class Shard:
         for group, (_, length, _) in enumerate(self._guard.ranges):
             size = self.metadata.row_group(group).column(column).total_compressed_size
             if not 0 <= size <= length:
-                error = DamageError(f"row group {group} claims {size} bytes of tokens")
+                error = DamageError(
+                    f"row group {group} claims {size} bytes of tokens, expected at most {length}"
+                )
                 raise self._damaged(f"footer ({_windows_named(self.name)})", error)
             total += size
         return total

@@ -66,7 +66,7 @@ def require_pages(
     rows = group.num_rows
     at = 4 if first == 0 else 0  # columns are contiguous; the first follows the file's magic number
     if group.num_columns != len(schema):
-        raise DamageError(f"{group.num_columns} column chunks, expected {len(schema)}")
+        raise DamageError(f"found {group.num_columns} columns, expected {len(schema)}")
     for number, name in enumerate(schema.names):
         chunk = group.column(number)
         size, offset = chunk.total_compressed_size, chunk.data_page_offset - first
