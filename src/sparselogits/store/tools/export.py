@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from sparselogits.corpus.windows import text_length
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
+from sparselogits.identity import Identity
 from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
@@ -44,9 +45,7 @@ class _Settings:
 
     k: int
     alpha: float
-    vocab_size: int
-    reset_attention: bool
-    packing_kind: str | None
+    identity: Identity
 
     def labels(self, record: WindowRecord) -> NDArray[np.int64]:
         """Return the token that each position predicts, int64 [L]; -100 where there is none."""
@@ -56,7 +55,7 @@ class _Settings:
                 "tokens themselves; this format is for models that predict the next token. Export "
                 "as lists, topk or datasets"
             )
-        starts = record.document_starts if self.reset_attention else None
+        starts = record.document_starts if self.identity.packing.get("reset_attention") else None
         return CAUSAL.labels(record.tokens, record.mask, starts)
 
 
@@ -113,10 +112,7 @@ def export(
         raise CacheError(
             f"{cache.root} contains no windows yet; build it with `sparselogits cache` first"
         )
-    identity = cache.identity
-    reset = bool(identity.packing.get("reset_attention"))
-    kind = identity.packing.get("kind")
-    settings = _Settings(k, alpha, identity.vocab_size, reset, kind)
+    settings = _Settings(k, alpha, cache.identity)
     with whole_folder(folder) as partial:
         if form == "datasets":
             _export_dataset(cache, partial, settings, progress)
@@ -238,7 +234,7 @@ def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
             "packed rows cannot represent; export as axolotl, topk or weighted"
         )
     ids, logs, _ = _padded_heaviest(record, settings.k)
-    bits = (settings.vocab_size - 1).bit_length()
+    bits = (settings.identity.vocab_size - 1).bit_length()
     each = (ids[:-1, :, None] >> np.arange(bits - 1, -1, -1)) & 1
     packed = np.packbits(each.astype(np.uint8).reshape(len(labels), -1), axis=1)
     columns = {
@@ -252,7 +248,7 @@ def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
 def _packing(settings: _Settings) -> str:
     """Return DistillKit's settings for `_distillkit` as JSON, which is valid YAML."""
     values: dict[str, Any] = {
-        **{"d": settings.vocab_size, "k": settings.k, "exact_k": settings.k},
+        **{"d": settings.identity.vocab_size, "k": settings.k, "exact_k": settings.k},
         **{"exact_dtype": "float32", "polynomial_terms": None, "term_dtype": "float32"},
         **{"residual_bins": [], "delta_encoding": False, "error_diffusion": False},
         "normalize_t": False,
@@ -266,9 +262,9 @@ def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
 
     labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)
     ids, logs, real = _padded_heaviest(record, settings.k)
-    starts = record.document_starts if settings.reset_attention else np.empty(0, np.int32)
-    length = len(labels)
-    before_padding = text_length(settings.packing_kind, record.document_starts, length) or length
+    packing, length = settings.identity.packing, len(labels)
+    starts = record.document_starts if packing.get("reset_attention") else np.empty(0, np.int32)
+    before_padding = text_length(packing.get("kind"), record.document_starts, length) or length
     (places,) = restarting_positions(length, [starts]).numpy().astype(np.int32)
     moved = (
         CAUSAL.at_tokens(part.T, filler).T
