@@ -8,8 +8,9 @@ same bytes with and without a compiler. With three or more threads, torch.exp2 m
 last bit of weights where a thread's share ends inside a vector; the C function never does.
 `CC=false` disables compilation.
 
-On CUDA the function is the Triton kernel of triton_sums.py. Its results may differ from PyTorch's
-in low-order bits, so it is used from the first logits on. Each device is checked once per process.
+On CUDA the function is the Triton kernel of triton_sums.py, which is used from the first logits on,
+because the results may differ from PyTorch's in low-order bits. Each device is checked once per
+process.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def sum_by_block(
     """Sum the proposals of contiguous logits by block; return the largest logits and the sums.
 
     The results of the compiled library, and of PyTorch if `library` is None, are bitwise equal.
-    Those of the kernel for CUDA differ by rounding; see triton_sums.py.
+    The results of the kernel for CUDA differ by rounding; see triton_sums.py.
     """
     if isinstance(library, compiled.Library):
         slope, factors = exponent * LOG2_E, _factors(exponent)

@@ -1,6 +1,6 @@
 """Sum blocks of weights on CUDA with a Triton kernel that reads the logits once.
 
-This is the counterpart of block_sums.c. The exponents of a block are relative to the block's
+The kernel is the counterpart of block_sums.c. The exponents of a block are relative to the block's
 largest logit, not to the row's, so one pass suffices and a block's sum depends on its 64 logits
 alone: batches and rows do not matter. PyTorch scales the sums to the row's largest logit in
 float64.
@@ -9,11 +9,12 @@ The kernel's bits do not depend on the order in which Triton adds, which changes
 threads, nor on the device: float32 operations are rounded one by one (no fused multiply-add, no
 hardware exponential), and the summands are multiples of 2**-45, which float64 adds exactly.
 
-A sum differs from a float64 sum by at most `TOLERANCE`. Nearly all of it is the rounding of float32
-exponents and powers, which are exact for the largest logit of a block.
+A sum differs from a float64 sum by at most `TOLERANCE`. Nearly all of the difference is the
+rounding of float32 exponents and powers, which are exact for the largest logit of a block.
 
-Not run on a GPU: the tests run the kernel in Triton's interpreter on a CPU (TRITON_INTERPRET=1) and
-compile it for GPUs. `compiled.kernel_on` compares it with PyTorch on every device before its use.
+The kernel has not been run on a GPU: the tests run the kernel in Triton's interpreter on a CPU
+(TRITON_INTERPRET=1) and compile it for GPUs. `compiled.kernel_on` compares it with PyTorch on every
+device before its use.
 """
 
 # Triton parses the source of the kernel's functions: arguments cannot be annotated, constants are
@@ -34,9 +35,9 @@ from sparselogits.samplers.distribution import BLOCK, LOG2_E, NOTHING, PEAK, Blo
 TOLERANCE = 2.0**-21
 """Largest relative error of a block sum, if all errors of its 64 weights have the same sign.
 
-That of a moment is relative to the sum of w * (1 + abs(log2 w)). Blocks that are not summed again
-in float64 have only tokens with p <= 2**-7 (see `distribution._HEAVY`), so the error of a block
-changes the marginals of its tokens by less than 4e-9. The tests find less than 1e-9.
+The error of a moment is relative to the sum of w * (1 + abs(log2 w)). Blocks that are not summed
+again in float64 have only tokens with p <= 2**-7 (see `distribution._HEAVY`), so the error of a
+block changes the marginals of its tokens by less than 4e-9. The tests find less than 1e-9.
 """
 
 _AT_ONCE = 32  # blocks per program, whatever the device: nothing is tuned
@@ -110,8 +111,8 @@ def block_sums_kernel(
 ):
     """Compute the largest logit (infinity if one is NaN), sum and moment of a few blocks.
 
-    With w = 2 ** (slope * (logit - largest)), the sum is that of w and the moment is that of
-    w * log2(w), in float64. Weights below 2**-64 count as 2**-64, which is rounded to 0.
+    With w = 2 ** (slope * (logit - largest)), the sum adds w and the moment adds w * log2(w), in
+    float64. Weights below 2**-64 count as 2**-64, which is rounded to 0.
     """
     infinity = float("inf")
     block = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
