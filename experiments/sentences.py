@@ -415,6 +415,17 @@ def theory() -> Iterator[str]:
     yield f"Top-12 is {one} from full distillation and RS-KD {two}"
     yield f"the angles are {angle['Top-12', 'parameters']} and {angle['RS-KD', 'parameters']}"
     yield from adaptive_in_training()
+    for name in ("english-web", "shakespeare"):
+        rows = {(own.sampler, own.budget): own for own in stored(f"samplers_spatial_{name}").rows}
+        for draw in (
+            "systematic, by local direction",
+            "systematic, by local tree",
+            "local pivotal",
+        ):
+            yield " / ".join(
+                f"{rows[draw, n].error_x_entries / rows['systematic', n].error_x_entries:.2f}"
+                for n in (5, 11, 24)
+            )
 
 
 def adaptive_in_training() -> Iterator[str]:
