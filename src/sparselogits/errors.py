@@ -82,6 +82,10 @@ class SparseLogitsWarning(UserWarning):
     """Issued if the library continues with a fallback, or although a check failed."""
 
 
+class SlowFormatWarning(SparseLogitsWarning):
+    """Issued for a teacher whose number format the processor multiplies slower than float32."""
+
+
 def reason_of(error: BaseException) -> str:
     """Return the message of an exception, or the name of its class if the message is empty."""
     return str(error).strip() or type(error).__name__

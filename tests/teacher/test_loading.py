@@ -1,5 +1,6 @@
 """Test that the intended model is loaded, or a clear error is raised."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from sparselogits.errors import TeacherError
+from sparselogits.errors import SlowFormatWarning, TeacherError
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.checkpoint import find_checkpoint
 from sparselogits.teacher.loading import (
@@ -24,6 +25,7 @@ from sparselogits.teacher.loading import (
     token_mask,
     weights_fingerprint,
 )
+from sparselogits.teacher.number_formats import has_products
 from tests.conftest import PADDED_VOCABULARY, VOCABULARY, tiny_llama
 
 
@@ -34,6 +36,32 @@ def test_a_local_folder(teacher_folder: Path, tokenizer: PreTrainedTokenizerFast
     assert teacher.identity["dtype"] == "bfloat16"
     assert teacher.identity["weights"].startswith("sha256:")
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_format_without_instructions_gives_advice(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    native: bool,
+) -> None:
+    tiny_llama().bfloat16().save_pretrained(tmp_path)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    with warnings.catch_warnings(record=True) as issued:
+        warnings.simplefilter("always")
+        load_teacher(str(tmp_path), tokenizer=tokenizer, dtype="bfloat16")
+        assert not issued  # the data type was given
+        load_teacher(str(tmp_path), tokenizer=tokenizer)
+    assert [warning.category for warning in issued] == ([] if native else [SlowFormatWarning])
+    assert native or "--dtype float32" in str(issued[0].message)
+
+
+def test_an_unknown_processor_gives_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert has_products(torch.bfloat16) is None
+    assert has_products(torch.float16) is None
 
 
 def test_other_weights_have_another_fingerprint(teacher_folder: Path, tmp_path: Path) -> None:

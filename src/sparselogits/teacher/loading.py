@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from sparselogits.allowances import refuse
 from sparselogits.errors import (
     InvalidArgumentError,
     MissingDependencyError,
+    SlowFormatWarning,
     StorageError,
     TeacherError,
     reason_of,
@@ -43,6 +46,7 @@ from sparselogits.teacher.checkpoint import (
     tensor_shapes,
 )
 from sparselogits.teacher.demo_model import model_named
+from sparselogits.teacher.number_formats import has_products
 from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher, entrance
 from sparselogits.wording import counted
 
@@ -151,6 +155,9 @@ def load_teacher(
     Returns:
         The teacher, whose identity contains the fingerprint of its weights.
 
+    Warns:
+        SlowFormatWarning: `dtype` is "auto", and the processor runs the model faster in float32.
+
     Raises:
         TeacherError: the model cannot be read, has no trained head, does not match the tokenizer,
             or changes on disk while it is read, or `dtype` is unknown.
@@ -190,12 +197,28 @@ def load_teacher(
             "from those that were hashed; try again when no process writes to the files"
         )
     model.requires_grad_(False)
-    return TransformersTeacher(
+    teacher = TransformersTeacher(
         model,
         token_mask=token_mask(tokenizer, model, allow=allow),
         identity=identity,
         slice_positions=slice_positions,
     )
+    if dtype == "auto" and teacher.device.type == "cpu" and os.environ.get("RANK", "0") == "0":
+        _advise_float32(teacher.identity["name"], next(model.parameters()).dtype)
+    return teacher
+
+
+def _advise_float32(name: str, dtype: torch.dtype) -> None:
+    """Issue a warning if the processor has no instructions for products of a data type."""
+    if has_products(dtype) is False:
+        warnings.warn(
+            f"{name!r} is stored in {str(dtype).removeprefix('torch.')}, and this processor has no "
+            "instructions for products in that format. float32 is faster here, in twice the memory "
+            "and with the same results up to rounding: use --dtype float32 (teacher_dtype: float32 "
+            "in a recipe)",
+            SlowFormatWarning,
+            stacklevel=3,
+        )
 
 
 def load_language_model(

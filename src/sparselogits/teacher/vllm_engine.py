@@ -11,6 +11,7 @@ vLLM is not installed with this package, because its versions pin torch and tran
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,7 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TeacherError
+from sparselogits.errors import (
+    InvalidArgumentError,
+    MissingDependencyError,
+    SlowFormatWarning,
+    TeacherError,
+)
 from sparselogits.identity import canonical_json
 from sparselogits.language_model import Head
 from sparselogits.teacher.demo_model import model_named
@@ -186,14 +192,17 @@ def load_vllm_teacher(
         )
     recorded = _recorded(options)
     require_vllm({})
-    reference = load_teacher(
-        name,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        slice_positions=slice_positions,
-        allow=allow,
-    )
+    with warnings.catch_warnings():
+        # the processor runs one window, and vLLM all others
+        warnings.simplefilter("ignore", SlowFormatWarning)
+        reference = load_teacher(
+            name,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            slice_positions=slice_positions,
+            allow=allow,
+        )
     if reference.head is None:
         raise TeacherError(
             f"the head of {name!r} cannot be run on hidden states, which is all that vLLM returns; "

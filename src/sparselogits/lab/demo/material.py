@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sparselogits.files import write_whole
+from sparselogits.teacher.number_formats import has_products
 
 SEPARATOR_ID = 0
 """Id of <|endoftext|>, which separates documents; the model's eos, <|im_end|>, ends chat turns."""
@@ -53,5 +54,4 @@ def demo_text(out: Path, characters: int) -> DemoText:
 
 def demo_dtype() -> str:
     """Return the number format in which the processor multiplies faster, bfloat16 or float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if has_products(torch.bfloat16) else "float32"
