@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sparselogits.identity import Identity
+from sparselogits.store.cache import read_identity
+from sparselogits.store.storage.interface import ReadableFiles
 from tests.conftest import tiny_llama
 from tests.test_docs_code import assert_command
 
@@ -64,6 +67,21 @@ def test_a_command_ends_with_the_next_step(command, run):
         assert_command(shlex.split(last.removeprefix("Next: ")), command)
     assert not re.search(r"(?<![\d.,])1 (shards|windows|entries|rows|files|tokens)\b", out + err)
     assert not re.search(r"\b0(\.0)?( \w+)?/s\b", err)
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "repair"])
+def test_the_next_step_reads_no_identity_again(command, run, monkeypatch):
+    reads = []
+
+    def counted(storage: ReadableFiles) -> Identity:
+        reads.append(storage)
+        return read_identity(storage)
+
+    monkeypatch.setattr("sparselogits.store.cache.read_identity", counted)
+    run(command, "my-cache", "--json")
+    without = len(reads)
+    run(command, "my-cache")
+    assert len(reads) == 2 * without > 0
 
 
 def test_a_cache_without_held_out_windows_needs_another_text(run, desk, short):

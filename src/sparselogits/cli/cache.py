@@ -343,7 +343,7 @@ def cache(
         text = source.selection() | {"summary": asdict(corpus.summary)}
         print_info(out, as_json, text=text)
         if not as_json and only is None:
-            print_train_command(out, tokenizer=teacher)
+            print_train_command(out, masked=masks, tokenizer=teacher)
         elif not as_json:
             verify = f"sparselogits verify {out}"
             print_next(otherwise=f"build the other windows, then check that all exist: {verify}")

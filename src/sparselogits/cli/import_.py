@@ -76,4 +76,4 @@ def import_command(
     messages.print(said)
     print_info(out, as_json)
     if not as_json:
-        print_train_command(out, tokenizer=tokenizer)
+        print_train_command(out, masked=False, tokenizer=tokenizer)

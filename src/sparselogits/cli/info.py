@@ -28,7 +28,7 @@ from sparselogits.wording import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparselogits.store import CacheSample, CacheStatistics, Histogram, LabelStatistics
+    from sparselogits.store import Cache, CacheSample, CacheStatistics, Histogram, LabelStatistics
 
 _BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
     "windows": lambda facts: f"{facts.windows:,}",
@@ -88,9 +88,9 @@ def info(
             "expected --by FIELD, --data TEXT and a --sample above 0 together; give all of them, "
             "or neither --by nor --data"
         )
-    print_info(cache, as_json, sampled=sample, labels=labels)
+    opened = print_info(cache, as_json, sampled=sample, labels=labels)
     if not as_json:
-        print_train_command(cache)
+        print_train_command(cache, masked=opened.identity.objective is not None)
 
 
 def _by_label(
@@ -145,8 +145,8 @@ def print_info(
     sampled: int = 0,
     text: dict[str, object] | None = None,
     labels: Mapping[str | None, LabelStatistics] | None = None,
-) -> None:
-    """Print the statistics and the origin of a cache, as text or as JSON.
+) -> Cache:
+    """Print the statistics and the origin of a cache, as text or as JSON; return the open cache.
 
     Args:
         root: folder or URL of the cache.
@@ -194,7 +194,7 @@ def print_info(
             if rest is not None:
                 shown["by_other"] = {"values": len(labels) - len(rows), **rest.to_json()}
         print_json(shown)
-        return
+        return opened
     windows = f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens"
     per_token, of_text = facts.bytes_per_token, ""
     tokens = f"{facts.tokens:,}"
@@ -228,6 +228,7 @@ def print_info(
         _print_labels(console, labels)
     if sampled and sample is not None:
         _print_histograms(console, sample)
+    return opened
 
 
 def _as_json(facts: CacheStatistics) -> dict[str, float]:

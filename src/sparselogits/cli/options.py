@@ -231,7 +231,7 @@ def print_next(*words: object, otherwise: str = "") -> None:
     messages.print(f"Next: {command}", soft_wrap=True)
 
 
-def print_train_command(cache: str | Path, tokenizer: str = "MODEL") -> None:
+def print_train_command(cache: str | Path, *, masked: bool, tokenizer: str = "MODEL") -> None:
     """Print the command that trains a student from a cache, as the next step.
 
     `--student-config` creates causal models only, so the printed command trains the model named by
@@ -239,13 +239,12 @@ def print_train_command(cache: str | Path, tokenizer: str = "MODEL") -> None:
 
     Args:
         cache: folder or URL of the cache.
+        masked: whether the cache is of a masked language model.
         tokenizer: name of the teacher or its tokenizer; also printed as `--tokenizer` for a cache
             at a URL, which does not contain the tokenizer.
     """
-    from sparselogits.store import Cache
     from sparselogits.store.storage.location import is_url
 
-    masked = Cache.open(cache).identity.objective is not None
     student = ("--student", tokenizer) if masked else ("--student-config", "tiny")
     named = ("--tokenizer", tokenizer) if is_url(cache) else ()
     print_next("train", "--cache", cache, *student, *named, "--out", "my-run")

@@ -59,7 +59,7 @@ def verify(
         results().print(f"{counted(read, 'window')} read in {shards}, {found} of them damaged")
     if not damaged:
         if not as_json:
-            print_train_command(cache)
+            print_train_command(cache, masked=opened.identity.objective is not None)
         return
     messages.print(
         "`sparselogits repair` moves damaged shards out of the cache, and `sparselogits cache` "
@@ -78,8 +78,9 @@ def repair(cache: CacheArgument, as_json: Json = False) -> None:
     from sparselogits.store.storage.location import is_url
 
     text_of = None if is_url(cache) else text_of_windows(Path(cache))
+    opened = Cache.open(cache)
     with stage("verifying", "shards") as update:
-        report = repair_cache(Cache.open(cache), text_of=text_of, progress=update)
+        report = repair_cache(opened, text_of=text_of, progress=update)
     if as_json:
         print_json(asdict(report))
         return
@@ -93,7 +94,7 @@ def repair(cache: CacheArgument, as_json: Json = False) -> None:
         )
     else:
         results().print("nothing to repair")
-        print_train_command(cache)
+        print_train_command(cache, masked=opened.identity.objective is not None)
 
 
 def card(cache: CacheArgument) -> None:
@@ -125,8 +126,9 @@ def push(
     from sparselogits.store import Cache
     from sparselogits.store import push as push_cache
 
+    opened = Cache.open(cache)
     with stage("pushing", "shards") as update:
-        report = push_cache(Cache.open(cache), url, progress=update)
+        report = push_cache(opened, url, progress=update)
     if not without_text:
         for folder in packed_texts(Path(cache)):
             publish_text(url, folder)
@@ -135,7 +137,7 @@ def push(
         return
     results().print(_copied(report, "pushed"))
     results().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
-    print_train_command(url)
+    print_train_command(url, masked=opened.identity.objective is not None)
 
 
 def merge(
