@@ -96,17 +96,19 @@ def test_masked_models_are_compared_on_corrupted_text(text, line, tmp_path):
     out = tmp_path / "results.json"
     options = ["--window", 32, "--batch", 64, "--draws", 2, "--budget", 4, "--top-k", 4]
     given = ["gradients", models[1], "--teacher", models[0], "--data", short, *options]
-    done = line(*given, "--mask-rate", 0.4, "--fresh", "--adaptive", models[1], "--out", out)
+    masks = ["--mask-rate", 0.4, "--mask-units", "words"]
+    done = line(*given, *masks, "--fresh", "--adaptive", models[1], "--out", out)
     assert done.code == 0, done.err
     found = json.loads(out.read_text())
-    assert found["conditions"]["objective"]["rate"] == 0.4
+    objective = found["conditions"]["objective"]
+    assert (objective["rate"], objective["units"]) == (0.4, "words")
     students = found["conditions"]["students"]
     assert {own["architecture"] for own in students.values()} == {"BertForMaskedLM"}
     assert {row["target"] for row in found["rows"]} >= {"RS-KD", "adaptive", "label (CE)"}
 
 
-def test_a_mask_rate_is_refused_for_a_causal_teacher(student, teacher_folder, text, line):
-    given = ["gradients", student, "--teacher", teacher_folder, "--data", text]
-    done = line(*given, "--mask-rate", "random")
+@pytest.mark.parametrize("option", [("--mask-rate", "random"), ("--mask-units", "words")])
+def test_masking_is_refused_for_a_causal_teacher(student, teacher_folder, text, line, option):
+    done = line("gradients", student, "--teacher", teacher_folder, "--data", text, *option)
     assert done.code != 0
-    assert "--mask-rate is for a masked language model" in done.err
+    assert f"{option[0]} is for a masked language model" in done.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from functools import cached_property, partial
@@ -28,13 +28,15 @@ from sparselogits.cli.options import (
     JoinRows,
     Json,
     MaskRate,
+    MaskSpan,
+    MaskUnits,
     SeparatorId,
     Teacher,
     TokenizedBy,
     TrustRemoteCode,
     WindowsPerShard,
+    masked_objective,
     optional_tokenizer,
-    parsed_mask_rate,
     print_next,
     print_train_command,
 )
@@ -47,7 +49,6 @@ from sparselogits.wording import counted
 if TYPE_CHECKING:
     from sparselogits.caching import TextPlace
     from sparselogits.corpus import PackedCorpus
-    from sparselogits.objectives import Masked
     from sparselogits.samplers import Sampler
 
 DEFAULT_BUDGET = 12.0
@@ -62,9 +63,6 @@ SAMPLER = "sparselogits.cli.cache"
 
 ObjectiveName = StrEnum("ObjectiveName", ["causal", "masked"])
 """Names of the objectives: predict the next token, or predict masked tokens."""
-
-MaskUnits = StrEnum("MaskUnits", ["tokens", "words", "spans"])
-"""Units of text whose tokens are chosen for prediction together."""
 
 PackingName = StrEnum("PackingName", ["joined", "documents"])
 """Names of the kinds of packing, see `corpus.Packing`."""
@@ -132,13 +130,8 @@ def cache(
         shown="by the class of the teacher",
     ),
     mask_rate: MaskRate = None,
-    mask_units: MaskUnits | None = TARGETS(
-        "For masked: choose single tokens, whole words, or spans of --mask-span tokens.",
-        shown="tokens",
-    ),
-    mask_span: float | None = TARGETS(
-        "For --mask-units spans: mean length of a span in tokens.", shown="3"
-    ),
+    mask_units: MaskUnits = None,
+    mask_span: MaskSpan = None,
     exact_weights: bool | None = TARGETS(
         "Store real-valued weights (of topk, topp, threshold or a proposal exponent) as float32, "
         "or rounded by at most 2.2 % in a third of the bytes. Counts of rounds stay exact.",
@@ -267,9 +260,10 @@ def cache(
         reset_attention=reset_attention,
         kind="joined" if packing is PackingName.joined else "documents",
     )
-    given = {"--mask-rate": mask_rate, "--mask-units": mask_units, "--mask-span": mask_span}
-    _require_objective(objective, masks, [name for name, v in given.items() if v is not None])
-    hides = _masked(tokenizer, mask_rate, mask_units, mask_span, seed) if masks else None
+    _require_objective(objective, masks)
+    hides = masked_objective(
+        tokenizer, masked=masks, rate=mask_rate, units=mask_units, span=mask_span, seed=seed
+    )
     request = CacheRequest(out, drawn, budget, seed, temperature, exact_weights)
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
 
@@ -349,34 +343,14 @@ def cache(
             print_next(otherwise=f"build the other windows, then check that all exist: {verify}")
 
 
-def _require_objective(
-    objective: ObjectiveName | None, masks: bool, options: Sequence[str]
-) -> None:
-    """Check that the objective and its options fit the kind of teacher (causal or masked)."""
+def _require_objective(objective: ObjectiveName | None, masks: bool) -> None:
+    """Check that the objective fits the kind of teacher (causal or masked)."""
     kind = ObjectiveName.masked if masks else ObjectiveName.causal
     if objective not in (None, kind):
         raise InvalidArgumentError(
             f"--objective is {objective}, but the teacher is a {kind} language model; expected "
             f"--objective {kind}. Leave it out, or use another teacher"
         )
-    if options and not masks:
-        raise InvalidArgumentError(
-            f"{options[0]} is for a masked language model, and the teacher is a causal one: leave "
-            "it out, or use another teacher"
-        )
-
-
-def _masked(
-    tokenizer: Any, rate: str | None, units: MaskUnits | None, span: float | None, seed: int
-) -> Masked:
-    """Return the masked objective that the command-line options describe."""
-    from sparselogits.corruption import objective_as_given
-
-    unit = None if units is None else units.value
-    share = parsed_mask_rate(rate)
-    return objective_as_given(
-        tokenizer, mask_rate=share, mask_units=unit, mask_span=span, seed=seed
-    )
 
 
 class CacheCommand(TyperCommand):

@@ -26,11 +26,13 @@ from sparselogits.cli.options import (
     JoinRows,
     Json,
     MaskRate,
+    MaskSpan,
+    MaskUnits,
     SeparatorId,
     Teacher,
     TokenizedBy,
+    masked_objective,
     optional_tokenizer,
-    parsed_mask_rate,
     print_json,
     print_next,
     resolve_device,
@@ -95,6 +97,8 @@ def gradients(
         "Student whose learning signal controls the adaptive sampler.", shown="no adaptive sampler"
     ),
     mask_rate: MaskRate = None,
+    mask_units: MaskUnits = None,
+    mask_span: MaskSpan = None,
     draws: int = TARGETS("Number of draws of each random target per batch.", 4),
     seed: int = TARGETS("Random seed for sampling, for masking and for --fresh.", 0),
     out: Path | None = OUTPUT("JSON file to write the results to.", shown="no file"),
@@ -103,7 +107,7 @@ def gradients(
 ) -> None:
     """Compare the gradient of each target with that of full KD: angle, norm, bias and noise."""
     from sparselogits.corpus import open_source, pack, packing_for
-    from sparselogits.corruption import Corruption, TokenKinds, objective_as_given
+    from sparselogits.corruption import Corruption, TokenKinds
     from sparselogits.data import TextDataset
     from sparselogits.lab.gradients import measure_gradients, standard_targets
     from sparselogits.lab.gradients.compared import PUBLISHED
@@ -123,15 +127,10 @@ def gradients(
         reset_attention=tokenized_by is not None and not join_rows,  # a row may have several texts
     )
     _require_students(students)
-    hides = None
-    if names_masked_model(teacher):
-        rate = parsed_mask_rate(mask_rate)
-        hides = objective_as_given(tokenizer, mask_rate=rate, seed=seed)
-    elif mask_rate is not None:
-        raise InvalidArgumentError(
-            "--mask-rate is for a masked language model, and the teacher is a causal one: leave it "
-            "out, or use another teacher"
-        )
+    masked = names_masked_model(teacher)
+    hides = masked_objective(
+        tokenizer, masked=masked, rate=mask_rate, units=mask_units, span=mask_span, seed=seed
+    )
     with tempfile.TemporaryDirectory() as folder:
         corpus = pack(
             source,

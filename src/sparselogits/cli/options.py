@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +13,9 @@ from sparselogits.allowances import ALLOWANCES, allowing
 from sparselogits.console import messages
 from sparselogits.errors import InvalidArgumentError, reason_of
 from sparselogits.untrusted import json_text
+
+if TYPE_CHECKING:
+    from sparselogits.objectives import Masked
 
 
 class Group(str):
@@ -167,6 +171,25 @@ MaskRate = Annotated[
         rich_help_panel=TARGETS,
     ),
 ]
+MaskUnitName = StrEnum("MaskUnitName", ["tokens", "words", "spans"])
+"""Units of text whose tokens are chosen for prediction together."""
+
+MaskUnits = Annotated[
+    MaskUnitName | None,
+    typer.Option(
+        help="For masked: choose single tokens, whole words, or spans of --mask-span tokens.",
+        show_default="tokens",
+        rich_help_panel=TARGETS,
+    ),
+]
+MaskSpan = Annotated[
+    float | None,
+    typer.Option(
+        help="For --mask-units spans: mean length of a span in tokens.",
+        show_default="3",
+        rich_help_panel=TARGETS,
+    ),
+]
 WindowsPerShard = Annotated[
     int,
     typer.Option(min=1, help="Windows per file of the cache.", rich_help_panel=OUTPUT),
@@ -201,14 +224,46 @@ def optional_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> 
     return None if name is None else load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
-def parsed_mask_rate(text: str | None) -> float | str | None:
-    """Parse the value of `--mask-rate`: a number, "random", or None if it is not given."""
+def masked_objective(
+    tokenizer: Any,
+    *,
+    masked: bool,
+    rate: str | None,
+    units: MaskUnitName | None,
+    span: float | None,
+    seed: int,
+) -> Masked | None:
+    """Return the masked objective that options describe; None for a causal teacher.
+
+    Args:
+        tokenizer: the teacher's tokenizer.
+        masked: whether the teacher is a masked language model.
+        rate: value of `--mask-rate`: a number or "random"; None if it is not given.
+        units: value of `--mask-units`.
+        span: value of `--mask-span`.
+        seed: random seed for masking.
+    """
+    from sparselogits.corruption import objective_as_given
+
+    if not masked:
+        options = {"--mask-rate": rate, "--mask-units": units, "--mask-span": span}
+        for name, value in options.items():
+            if value is not None:
+                raise InvalidArgumentError(
+                    f"{name} is for a masked language model, and the teacher is a causal one: "
+                    "leave it out, or use another teacher"
+                )
+        return None
     try:
-        return text if text is None or text == "random" else float(text)
+        share = rate if rate is None or rate == "random" else float(rate)
     except ValueError as error:
         raise InvalidArgumentError(
-            f"--mask-rate is {text!r}; give a share above 0 and at most 1, or random"
+            f"--mask-rate is {rate!r}; give a share above 0 and at most 1, or random"
         ) from error
+    unit = None if units is None else units.value
+    return objective_as_given(
+        tokenizer, mask_rate=share, mask_units=unit, mask_span=span, seed=seed
+    )
 
 
 def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
