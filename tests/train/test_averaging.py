@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from sparselogits import CacheDataset
 from sparselogits.cli import app
+from sparselogits.data import DraftVocabulary
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, TeacherError
 from sparselogits.teacher.loading import load_language_model
 from sparselogits.train import average_checkpoints, averaging
-from tests.conftest import tiny_llama
+from tests.conftest import PADDED_VOCABULARY, tiny_llama
 from tests.train.test_trainer import trainer_of
 
 SMALL = ["--window", "32", "--rounds", "4", "--device", "cpu"]
@@ -84,6 +85,21 @@ def test_a_students_own_checkpoints_teach_it(cache, tokenizer, text, tmp_path):
         assert done.exit_code == 0, done.output
     assert CacheDataset(out).identity.teacher["name"] == "mean"
     assert "checkpoint-4" in (mean / "README.md").read_text()
+
+
+def test_an_average_of_drafters_has_their_draft_vocabulary(tmp_path):
+    one, other, third = (saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(3))
+    draft = DraftVocabulary(torch.tensor([1, 3, 4]), PADDED_VOCABULARY)
+    draft.save(one)
+    draft.save(other)
+    average_checkpoints([one, other], tmp_path / "mean")
+    assert DraftVocabulary.load(tmp_path / "mean") == draft
+    with pytest.raises(InvalidArgumentError, match=r"differ: .*3 .* in .*0, None in .*2"):
+        average_checkpoints([one, other, third], tmp_path / "no")
+    DraftVocabulary(torch.tensor([1, 3]), PADDED_VOCABULARY).save(third)
+    with pytest.raises(InvalidArgumentError, match=r"vocabularies differ"):
+        average_checkpoints([one, third], tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_two_models_are_in_memory(tmp_path, monkeypatch):

@@ -458,6 +458,14 @@ class DraftVocabulary:
         return of_arrays
 
 
+def vocabulary_of(folder: Path) -> DraftVocabulary | None:
+    """Return the draft vocabulary of a saved drafter; None for the folder of another model.
+
+    Raises InvalidArgumentError if d2t.npy or t2d.npy cannot be read (see `DraftVocabulary.load`).
+    """
+    return DraftVocabulary.load(folder) if (folder / f"{_D2T}.npy").exists() else None
+
+
 def require_vocabulary_of(folder: Path, draft: DraftVocabulary | None) -> None:
     """Validate that a saved drafter is used with the draft vocabulary that it was trained with.
 
@@ -468,10 +476,8 @@ def require_vocabulary_of(folder: Path, draft: DraftVocabulary | None) -> None:
     Raises:
         InvalidArgumentError: the drafter has another draft vocabulary.
     """
-    if not (folder / f"{_D2T}.npy").exists():
-        return
-    own = DraftVocabulary.load(folder)
-    if draft != own:
+    own = vocabulary_of(folder)
+    if own is not None and draft != own:
         found = "no draft vocabulary was given" if draft is None else f"{draft!r} was given"
         raise InvalidArgumentError(
             f"the model in {folder} was trained with a draft vocabulary ({own!r}), and {found}; "

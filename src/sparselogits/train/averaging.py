@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from sparselogits.data.draft import vocabulary_of
 from sparselogits.errors import InvalidArgumentError, TeacherError
 from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import label_of
@@ -34,6 +35,8 @@ def average_checkpoints(
 
     The mean is computed in float32 by torch's `AveragedModel`; two models are in memory at a time.
 
+    The average of drafters has their draft vocabulary.
+
     Args:
         folders: at least two model folders of the same architecture: checkpoints of the Trainer, or
             models of runs with the same initial weights.
@@ -46,7 +49,7 @@ def average_checkpoints(
 
     Raises:
         InvalidArgumentError: If there are fewer than two checkpoints, two have identical files, or
-            the weights differ in names or shapes.
+            the weights differ in names or shapes, or the draft vocabularies differ.
         TeacherError: If a checkpoint cannot be loaded or has weights that are not finite, or
             `dtype` is unknown.
         StorageError: If the folder cannot be written; an incomplete folder is removed.
@@ -58,12 +61,20 @@ def average_checkpoints(
         raise InvalidArgumentError(
             f"an average needs at least two checkpoints, found {len(names)}; give more checkpoints"
         )
-    hashes = [files_fingerprint(find_checkpoint(model_named(name))) for name in names]
+    checkpoints = [find_checkpoint(model_named(name)) for name in names]
+    hashes = [files_fingerprint(found) for found in checkpoints]
     for index, digest in enumerate(hashes):
         if digest in hashes[:index]:
             raise InvalidArgumentError(
                 f"{names[hashes.index(digest)]} and {names[index]} have the same weights; give "
                 "each checkpoint once"
+            )
+    drafts = [vocabulary_of(found.folder) for found in checkpoints]
+    for name, draft in zip(names, drafts, strict=True):
+        if draft != drafts[0]:
+            raise InvalidArgumentError(
+                f"the draft vocabularies differ: {drafts[0]!r} in {names[0]}, {draft!r} in {name}; "
+                "average drafters with the same draft vocabulary, or models without one"
             )
     model = load_language_model(names[0])  # in the number format of its files
     saved = next(model.parameters()).dtype if dtype == "auto" else DTYPES[dtype]
@@ -81,6 +92,8 @@ def average_checkpoints(
     mean.config.dtype = saved
     with whole_folder(out) as folder:
         mean.save_pretrained(folder)
+        if drafts[0] is not None:
+            drafts[0].save(folder)
         for name in names:
             try:
                 load_tokenizer(name).save_pretrained(folder)
