@@ -109,6 +109,11 @@ def shrink(
             + ": give either --cache or --data (--drop-layers and --layer-score spaced need "
             "neither)"
         )
+    if tokenized_by is not None and data is None:
+        raise InvalidArgumentError(
+            "--tokenized-by can only be used with --data: the windows of a cache are token ids of "
+            "the teacher's tokenizer. Name a text with --data, or leave the option out"
+        )
     require_new_folder(out)
     device = resolve_device(device)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
