@@ -22,6 +22,7 @@ from transformers import (
 from sparselogits.data import CacheDataset
 from sparselogits.errors import (
     IdentityMismatchError,
+    InvalidTargetsError,
     RecipeError,
     SparseLogitsWarning,
     StorageError,
@@ -33,6 +34,7 @@ from sparselogits.teacher.loading import keep_tokenizer
 from sparselogits.train import PlannedRun, RunResult, run
 from sparselogits.train.recipe import parse_recipe, with_old_names
 from tests.conftest import tiny_llama
+from tests.data.test_mixture import make_cache
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 SMALL = {"hidden_size": 16, "layers": 1, "heads": 2}
@@ -285,6 +287,18 @@ def test_another_cache_at_the_same_path_is_refused(kept, answers, tmp_path):
     shutil.copytree(answers[1.0], place)
     with pytest.raises(RecipeError, match="differ in cache"):
         run(recipe(place, tmp_path / "run"), device="cpu")
+
+
+def test_an_invalid_student_leaves_no_folder(tmp_path):
+    root = make_cache(tmp_path / "cache", 0)
+    tiny_llama(vocab_size=4).save_pretrained(tmp_path / "student")
+    changes = {"student": {"path": str(tmp_path / "student")}, "per_device_train_batch_size": 2}
+    with (
+        pytest.warns(SparseLogitsWarning, match="no tokenizer will be saved"),
+        pytest.raises(InvalidTargetsError, match="student"),
+    ):
+        run(recipe(root, tmp_path / "run", **changes), device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def _hold(path: Path, ready: Any, release: Any) -> None:

@@ -181,7 +181,7 @@ def run(
             f"out: {recipe.out} is a file, expected a folder or an unused path. Choose another "
             "out, or move the file"
         )
-    with lock_file(recipe.out / ".training") as lock:
+    with _removed_if_new_and_empty(recipe.out), lock_file(recipe.out / ".training") as lock:
         if lock.held is Held.TAKEN:
             raise TrainingError(
                 f"another process is training in {recipe.out}: wait for it, or choose another "
@@ -189,6 +189,18 @@ def run(
             )
         with _full_disk_reported(recipe.out), allowing(*recipe.allow):
             return _run(recipe, teacher, device, progress, announce)
+
+
+@contextmanager
+def _removed_if_new_and_empty(folder: Path) -> Iterator[None]:
+    """Remove a folder that was created in a block if it is empty at the end of the block."""
+    new = not folder.exists()
+    try:
+        yield
+    finally:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
@@ -238,8 +250,6 @@ def _run(
             SparseLogitsWarning,
             stacklevel=2,
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "recipe.json", _json(described | {"made_from": _made_from(dataset, recipe)}))
     online = METHODS[recipe.method].online
     if online and teacher is None:
         assert recipe.teacher is not None
@@ -263,6 +273,8 @@ def _run(
         teacher=teacher if online else None,
         callbacks=[_LogLastStep(), *([] if progress is None else [_Report(progress)])],
     )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "recipe.json", _json(described | {"made_from": _made_from(dataset, recipe)}))
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
