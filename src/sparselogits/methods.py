@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.untrusted import shown
 
+BATCH_WINDOWS = 8
+"""Number of windows per batch and device if a recipe does not set it."""
+
 
 @dataclass(frozen=True)
 class TrainingMethod:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,8 @@ def test_the_command(tmp_path, teacher_folder, line):
     shown = json.loads(out)
     assert shown["identity"]["teacher"]["name"] == "served"
     assert shown["statistics"]["windows"] == 2
+    _, _, err = line(*words, "--out", tmp_path / "few")
+    told = shlex.split(err.strip().splitlines()[-1].removeprefix("Next: sparselogits "))
+    told[told.index("my-run")] = str(tmp_path / "run")
+    trained = line(*told, "--device", "cpu")
+    assert trained.code == 0, trained.err  # a batch is no larger than the cache

@@ -335,9 +335,9 @@ def cache(
         messages.print(f"{counted(report.windows_found, 'window')} {there} in the cache already")
     if role.is_first:
         text = source.selection() | {"summary": asdict(corpus.summary)}
-        print_info(out, as_json, text=text)
+        opened = print_info(out, as_json, text=text)
         if not as_json and only is None:
-            print_train_command(out, masked=masks, tokenizer=teacher)
+            print_train_command(out, windows=len(opened), masked=masks, tokenizer=teacher)
         elif not as_json:
             verify = f"sparselogits verify {out}"
             print_next(otherwise=f"build the other windows, then check that all exist: {verify}")

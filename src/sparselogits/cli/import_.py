@@ -74,6 +74,6 @@ def import_command(
         verb = "fills" if report.tokens_dropped == 1 else "fill"
         said += f"; the last {counted(report.tokens_dropped, 'token')} {verb} no window"
     messages.print(said)
-    print_info(out, as_json)
+    opened = print_info(out, as_json)
     if not as_json:
-        print_train_command(out, masked=False, tokenizer=tokenizer)
+        print_train_command(out, windows=len(opened), masked=False, tokenizer=tokenizer)

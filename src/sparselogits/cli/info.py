@@ -90,7 +90,8 @@ def info(
         )
     opened = print_info(cache, as_json, sampled=sample, labels=labels)
     if not as_json:
-        print_train_command(cache, masked=opened.identity.objective is not None)
+        masked = opened.identity.objective is not None
+        print_train_command(cache, windows=len(opened), masked=masked)
 
 
 def _by_label(

@@ -12,6 +12,7 @@ import typer
 from sparselogits.allowances import ALLOWANCES, allowing
 from sparselogits.console import messages
 from sparselogits.errors import InvalidArgumentError, reason_of
+from sparselogits.methods import BATCH_WINDOWS
 from sparselogits.untrusted import json_text
 
 if TYPE_CHECKING:
@@ -237,6 +238,7 @@ def masked_objective(
 
     Args:
         tokenizer: the teacher's tokenizer.
+        windows: number of windows in the cache; the batch is no larger.
         masked: whether the teacher is a masked language model.
         rate: value of `--mask-rate`: a number or "random"; None if it is not given.
         units: value of `--mask-units`.
@@ -286,11 +288,14 @@ def print_next(*words: object, otherwise: str = "") -> None:
     messages.print(f"Next: {command}", soft_wrap=True)
 
 
-def print_train_command(cache: str | Path, *, masked: bool, tokenizer: str = "MODEL") -> None:
+def print_train_command(
+    cache: str | Path, *, windows: int, masked: bool, tokenizer: str = "MODEL"
+) -> None:
     """Print the command that trains a student from a cache, as the next step.
 
     `--student-config` creates causal models only, so the printed command trains the model named by
     `tokenizer` if the cache is of a masked language model.
+    Nothing is printed for a cache without windows.
 
     Args:
         cache: folder or URL of the cache.
@@ -300,9 +305,12 @@ def print_train_command(cache: str | Path, *, masked: bool, tokenizer: str = "MO
     """
     from sparselogits.store.storage.location import is_url
 
+    if not windows:
+        return
     student = ("--student", tokenizer) if masked else ("--student-config", "tiny")
     named = ("--tokenizer", tokenizer) if is_url(cache) else ()
-    print_next("train", "--cache", cache, *student, *named, "--out", "my-run")
+    batch = ("--per-device-train-batch-size", windows) if windows < BATCH_WINDOWS else ()
+    print_next("train", "--cache", cache, *student, *named, *batch, "--out", "my-run")
 
 
 def print_json(value: object) -> None:

@@ -99,4 +99,4 @@ def retokenize_command(
         )
     if report.unmapped:
         messages.print(f"special tokens without counterpart: {', '.join(report.unmapped)}")
-    print_train_command(out, masked=False, tokenizer=tokenizer)
+    print_train_command(out, windows=report.windows, masked=False, tokenizer=tokenizer)

@@ -20,7 +20,7 @@ from sparselogits.console import messages, results, stage, styled
 from sparselogits.wording import counted
 
 if TYPE_CHECKING:
-    from sparselogits.store import MergeReport
+    from sparselogits.store import Cache, MergeReport
 
 
 def verify(
@@ -59,7 +59,7 @@ def verify(
         results().print(f"{counted(read, 'window')} read in {shards}, {found} of them damaged")
     if not damaged:
         if not as_json:
-            print_train_command(cache, masked=opened.identity.objective is not None)
+            _print_train_command(cache, opened)
         return
     messages.print(
         "`sparselogits repair` moves damaged shards out of the cache, and `sparselogits cache` "
@@ -94,7 +94,7 @@ def repair(cache: CacheArgument, as_json: Json = False) -> None:
         )
     else:
         results().print("nothing to repair")
-        print_train_command(cache, masked=opened.identity.objective is not None)
+        _print_train_command(cache, opened)
 
 
 def card(cache: CacheArgument) -> None:
@@ -137,7 +137,7 @@ def push(
         return
     results().print(_copied(report, "pushed"))
     results().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
-    print_train_command(url, masked=opened.identity.objective is not None)
+    _print_train_command(url, opened)
 
 
 def merge(
@@ -189,6 +189,12 @@ def export(
         print_next(
             otherwise=f'polars.read_parquet("{out}/*.parquet") in Python, or any other reader'
         )
+
+
+def _print_train_command(place: str, opened: Cache) -> None:
+    """Print the command that trains from a cache at a path or URL, which may be a copy."""
+    masked = opened.identity.objective is not None
+    print_train_command(place, windows=len(opened), masked=masked)
 
 
 def _copied(report: MergeReport, done: str) -> str:

@@ -28,7 +28,7 @@ from sparselogits.cli.options import (
 )
 from sparselogits.console import messages, results, stage
 from sparselogits.errors import RecipeError, SparseLogitsError
-from sparselogits.methods import METHODS, METHODS_IN_WORDS, ONLINE, listed
+from sparselogits.methods import BATCH_WINDOWS, METHODS, METHODS_IN_WORDS, ONLINE, listed
 from sparselogits.untrusted import printable
 from sparselogits.wording import abbreviated, counted, parameters, rate
 
@@ -75,7 +75,7 @@ def train(
     weights: MixtureWeights = None,
     num_train_epochs: float | None = TRAINING("Passes over the cache.", shown="1"),
     per_device_train_batch_size: int | None = TRAINING(
-        "Windows per batch and device.", shown="8", min=1
+        "Windows per batch and device.", shown=f"{BATCH_WINDOWS}", min=1
     ),
     gradient_accumulation_steps: int | None = TRAINING(
         "Batches per optimiser step.", shown="1", min=1

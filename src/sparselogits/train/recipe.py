@@ -27,6 +27,7 @@ from sparselogits.data import CacheDataset, DraftVocabulary, Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
 from sparselogits.methods import (
+    BATCH_WINDOWS,
     METHODS,
     METHODS_IN_WORDS,
     ONLINE,
@@ -321,7 +322,7 @@ class TrainingSettings(_Strict):
         1.0, description="number of passes over the cache"
     )
     per_device_train_batch_size: Count = Field(
-        8, description="number of windows per batch and device"
+        BATCH_WINDOWS, description="number of windows per batch and device"
     )
     gradient_accumulation_steps: Count = Field(
         1, description="number of batches per optimiser step"
