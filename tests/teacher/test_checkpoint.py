@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -208,6 +209,26 @@ def test_a_hub_name_is_known_by_its_commit(
     snapshot = repository / "snapshots" / commits[0]
     by_folder = load_teacher(str(snapshot), tokenizer=tokenizer)
     assert by_folder.identity["weights"].startswith("sha256:")
+
+
+def test_a_hub_that_cannot_be_reached_is_reported_after_one_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waits: list[float] = []
+    url = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"  # nothing listens there
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(LocalEntryNotFoundError):
+        hf_hub_download("no-such/model", "config.json")
+    one = sum(waits)
+    for read in (load_tokenizer, find_checkpoint):
+        waits.clear()
+        with pytest.raises(TeacherError, match="cannot be reached"):
+            read("no-such/model")
+        assert sum(waits) == one > 0
 
 
 def test_code_that_comes_with_a_model_is_part_of_its_identity(folder: Path) -> None:

@@ -294,11 +294,12 @@ def print_train_command(
     """Print the command that trains a student from a cache, as the next step.
 
     `--student-config` creates causal models only, so the printed command trains the model named by
-    `tokenizer` if the cache is of a masked language model.
-    Nothing is printed for a cache without windows.
+    `tokenizer` if the cache is of a masked language model. Nothing is printed for a cache without
+    windows.
 
     Args:
         cache: folder or URL of the cache.
+        windows: number of windows in the cache; the printed batch is no larger.
         masked: whether the cache is of a masked language model.
         tokenizer: name of the teacher or its tokenizer; also printed as `--tokenizer` for a cache
             at a URL, which does not contain the tokenizer.

@@ -179,6 +179,7 @@ def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkp
 
 def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int) -> Checkpoint:
     """Download configuration and weights of a hub name, from one commit; return the checkpoint."""
+    require_on_hub(name)
     config = _download(name, CONFIG, revision) or _download(name, ADAPTER_CONFIG, revision)
     if config is None:
         raise not_found_error(
@@ -196,6 +197,31 @@ def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int)
         for file in _indexed_names(config.parent, name):
             _download(name, file, commit)
     return _of_folder(Checkpoint(name, name, config.parent, commit), allow, depth)
+
+
+def require_on_hub(name: str) -> None:
+    """Validate that the local cache contains a hub name, or that the hub can be reached.
+
+    huggingface_hub repeats a request without connection for 23 s, and transformers and `_of_hub`
+    make several requests for a name that is not in the cache. Other errors are left to them.
+
+    Raises:
+        TeacherError: neither is the case.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=name, repo_type="model")
+    if (Path(constants.HF_HUB_CACHE) / folder).exists():
+        return
+    try:
+        hf_hub_download(name, CONFIG)
+    except LocalEntryNotFoundError as error:
+        where = "the local cache of the Hugging Face hub, which cannot be reached."
+        raise not_found_error(name, f"no model of that name is in {where}") from error
+    except Exception:
+        return
 
 
 def _download(name: str, file: str, revision: str | None) -> Path | None:

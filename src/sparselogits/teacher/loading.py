@@ -42,6 +42,7 @@ from sparselogits.teacher.checkpoint import (
     find_checkpoint,
     no_model_error,
     not_found_error,
+    require_on_hub,
     require_plausible,
     tensor_shapes,
 )
@@ -79,6 +80,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     if folder.is_dir():
         weights = tuple(sorted(folder.glob("*.safetensors"))) if not arguments else ()
         require_plausible(Checkpoint(name, source, folder, weights=weights))
+    elif not arguments:
+        require_on_hub(source)
     if (folder / ADAPTER_CONFIG).exists() and not any(folder.glob("tokenizer*")):
         found = find_checkpoint(name)
         if found.base is not None:
