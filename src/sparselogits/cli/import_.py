@@ -52,12 +52,13 @@ def import_command(
 ) -> None:
     """Create a cache of biased targets from Top-K log-probabilities that another tool collected."""
     from sparselogits.caching import import_collected
-    from sparselogits.teacher.loading import load_tokenizer
+    from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer
 
+    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     with stage("importing", "windows") as update:
         report = import_collected(
             data,
-            load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
+            loaded,
             out,
             vocab_size=vocab_size,
             teacher=teacher,
@@ -69,6 +70,7 @@ def import_command(
             allow=tuple(allow or ()),
             progress=update,
         )
+    keep_tokenizer(loaded, out)
     said = f"{counted(report.rows, 'row')} read"
     if report.tokens_dropped:
         verb = "fills" if report.tokens_dropped == 1 else "fill"
