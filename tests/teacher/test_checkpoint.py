@@ -231,6 +231,12 @@ def test_a_hub_that_cannot_be_reached_is_reported_after_one_request(
         assert sum(waits) == one > 0
 
 
+def test_a_path_that_is_no_hub_name_is_a_missing_folder() -> None:
+    for read in (load_tokenizer, find_checkpoint):
+        with pytest.raises(TeacherError, match="there is no folder 'runs/one/model'"):
+            read("runs/one/model")
+
+
 def test_code_that_comes_with_a_model_is_part_of_its_identity(folder: Path) -> None:
     code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    pass\n"
     (folder / "modeling_own.py").write_text(code)

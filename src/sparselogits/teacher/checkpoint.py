@@ -212,11 +212,10 @@ def require_on_hub(name: str) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = repo_folder_name(repo_id=name, repo_type="model")
-    if (Path(constants.HF_HUB_CACHE) / folder).exists():
-        return
     try:
-        hf_hub_download(name, CONFIG)
+        folder = repo_folder_name(repo_id=name, repo_type="model")  # rejects other names
+        if not (Path(constants.HF_HUB_CACHE) / folder).exists():
+            hf_hub_download(name, CONFIG)
     except LocalEntryNotFoundError as error:
         where = "the local cache of the Hugging Face hub, which cannot be reached."
         raise not_found_error(name, f"no model of that name is in {where}") from error
