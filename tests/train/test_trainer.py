@@ -389,9 +389,15 @@ class Broken(CacheDataset):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("log_steps", [1, 100])
-def test_a_loss_that_is_not_finite_stops_the_run(cache, tmp_path, log_steps):
-    """With the window's number, before a checkpoint is saved over what is there."""
+@pytest.mark.parametrize(("log_steps", "unchecked"), [(1, 512), (100, 512), (100, 1)])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    cache, tmp_path, monkeypatch, log_steps, unchecked
+):
+    """With the window's number, before a checkpoint is saved over what is there.
+
+    With one unchecked loss, the losses are checked between the two batches of a step as well.
+    """
+    monkeypatch.setattr("sparselogits.train.finite._MOST_UNCHECKED", unchecked)
     dataset = Broken(cache)
     order = WindowOrder(len(dataset), 3, dataset.identity.fingerprint)
     dataset.wrong = order[0, 2 * 4 + 2 + 1]  # third step, second batch of two

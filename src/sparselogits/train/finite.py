@@ -19,13 +19,13 @@ _MOST_UNCHECKED = 512
 
 @dataclass(frozen=True)
 class NotFinite:
-    """First loss that is not finite.
+    """Result of a check that found a loss or a weight that is not finite.
 
     Args:
-        step: optimiser step of the loss, counted from 0; None if only weights are not finite, or
-            if the loss is on another rank.
-        batch: index of the batch among this rank's batches in the step.
-        loss: value of the loss.
+        step: optimiser step of the first such loss on this rank, counted from 0; None if all losses
+            on this rank are finite.
+        batch: index of that loss's batch among this rank's batches in the step.
+        loss: value of that loss.
     """
 
     step: int | None = None
@@ -37,15 +37,18 @@ class FiniteGuard:
     """Store of the losses of a rank's batches until they are checked."""
 
     def __init__(self) -> None:
-        self._losses: list[tuple[int, Tensor]] = []
+        self._losses: list[tuple[int, int, Tensor]] = []  # step, index of the batch in it, loss
+        self._last = (-1, -1)  # step and index of the last batch
 
     def clear(self) -> None:
-        """Discard the stored losses."""
+        """Discard the stored losses, and restart the count of the batches in a step."""
         self._losses.clear()
+        self._last = (-1, -1)
 
     def add(self, step: int, loss: Tensor) -> bool:
         """Store the loss of a batch, and return whether the losses should be checked now."""
-        self._losses.append((step, loss.detach().float().reshape(())))
+        self._last = (step, self._last[1] + 1 if step == self._last[0] else 0)
+        self._losses.append((*self._last, loss.detach().float().reshape(())))
         return len(self._losses) >= _MOST_UNCHECKED
 
     def check(
@@ -59,10 +62,11 @@ class FiniteGuard:
             model: model whose weights are checked too; None to check only the losses.
 
         Returns:
-            The first loss that is not finite; None if all values on all ranks are finite.
+            The first loss on this rank that is not finite, or a NotFinite without a step if the
+            value is elsewhere; None if all values on all ranks are finite.
         """
         stored, self._losses = self._losses, []
-        losses = torch.stack([loss for _, loss in stored]) if stored else torch.zeros(0)
+        losses = torch.stack([loss for *_, loss in stored]) if stored else torch.zeros(0)
         wrong = (~losses.isfinite()).sum()[None]
         if model is not None:
             wrong = wrong + sum(
@@ -70,9 +74,7 @@ class FiniteGuard:
             )
         if not int(sum_over_ranks(wrong.float())):
             return None
-        for index, value in enumerate(losses.tolist()):
+        for (step, batch, _), value in zip(stored, losses.tolist(), strict=True):
             if not math.isfinite(value):
-                step = stored[index][0]
-                batch = sum(other == step for other, _ in stored[:index])
                 return NotFinite(step, batch, value)
         return NotFinite()
