@@ -62,9 +62,13 @@ class ColumnDecoder:
             )
         self.dtype = np.dtype(dtype)
         name = _NAMES[self.dtype]
-        if any(table[:1] not in (b"", _CLASSIC_WITHOUT_DELTA) for _, table in tables):
-            # pcodec would allocate the size in a forged dictionary, and abort if it cannot
-            raise DamageError("a coding table has another mode than classic without delta encoding")
+        for _, table in tables:
+            if table[:1] not in (b"", _CLASSIC_WITHOUT_DELTA):
+                # pcodec would allocate the size in a forged dictionary, and abort if it cannot
+                raise DamageError(
+                    f"a coding table begins with the byte {table[0]:#04x}, expected "
+                    f"{_CLASSIC_WITHOUT_DELTA[0]:#04x} (classic mode without delta encoding)"
+                )
         try:
             file, _ = wrapped.FileDecompressor.new(_HEADER)
             self._chunks = [file.chunk_decompressor(t, name)[0] if t else None for _, t in tables]
