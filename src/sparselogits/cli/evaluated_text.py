@@ -25,8 +25,8 @@ DEFAULT_WINDOW = 1024
 class OtherText:
     """Text of `--data`, and values of the options by which it is read and packed.
 
-    `window`, `separator_id` and `reset_attention` are None for the settings of the cache; without a
-    cache, for `DEFAULT_WINDOW`, the tokenizer's separator and no reset.
+    If `window`, `separator_id` or `reset_attention` is None, the setting of the cache is used.
+    Without a cache, the defaults are `DEFAULT_WINDOW`, the tokenizer's separator, and no reset.
     """
 
     data: str

@@ -1,4 +1,4 @@
-"""Reserve the folder of a packed corpus for one text, so that no process packs another into it.
+"""Reserve the folder of a packed corpus for one text, so that no process packs another text.
 
 `corpus.json`, which describes the text, is created exclusively and then compared. While a process
 packs, it holds a lock on the folder; other workers of the same build share the lock, and the kernel

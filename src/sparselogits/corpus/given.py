@@ -31,9 +31,12 @@ Records = Iterable[Mapping[str, Any]]
 
 
 def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceFile:
-    """Write records to a JSON lines file that is named by its hash, and return the file.
+    """Write records to a JSON lines file whose name contains its hash, and return the file.
 
-    The file is written to `records` in the user's cache folder if `folder` is None.
+    Args:
+        records: at least one record.
+        fields: names of the fields that contain text; other fields are not written.
+        folder: folder of the file; None for the folder "records" in the user's cache folder.
 
     Raises:
         CorpusError: there are no records, or a record contains no text or a value that is not text.

@@ -222,7 +222,7 @@ class SelectedStream:
         return Tokens.cat([self._stream.read(*own) for own in self.ranges(start, stop)])
 
     def _extents_of(self, part: int) -> Extents:
-        """Return the ranges of selected tokens in a part, cached for the parts used last."""
+        """Return the ranges of selected tokens in a part; the results computed last are cached."""
         with self._lock:
             if part not in self._extents:
                 extents = self._compute_extents(part)

@@ -205,7 +205,7 @@ class TokenBytes:
 
     @property
     def adds_space_everywhere(self) -> bool:
-        """Whether the tokenizer adds a space at the beginning and after every special token."""
+        """Whether the tokenizer adds a space before a text and after every special token."""
         return any(
             part["type"] == "Prepend"
             or part.get("prepend_scheme") == "always"

@@ -47,7 +47,7 @@ class Mixture:
         caches: the caches.
         rows: weights of the teachers, one row per range of windows; None to select in each window
             the teacher with the lowest loss.
-        starts: index of the first window of each row, ascending.
+        starts: index in the corpus of the first window of each row, ascending; empty without rows.
     """
 
     caches: tuple[Cache, ...]
@@ -160,13 +160,13 @@ class Mixture:
 def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> tuple[int, ...]:
     """Divide a total number of rounds among the teachers of a window.
 
-    Every teacher gets one round. Each further round is assigned to the teacher for which it most
-    reduces sum_m w_m^2 / n_m, the variance of the mixture if the rounds of all teachers have the
-    same variance. The resulting numbers n_m are about rounds * w_m, but at most `held`, the numbers
-    of cached rounds.
+    A single teacher gets all rounds. Of several teachers each gets one round, and each further
+    round is assigned to the teacher for which it most reduces sum_m w_m^2 / n_m, the variance of
+    the mixture if the rounds of all teachers have the same variance. The resulting numbers n_m are
+    about rounds * w_m, but at most `held`, the numbers of cached rounds.
 
     Raises:
-        InvalidArgumentError: there are fewer rounds than teachers.
+        InvalidArgumentError: there are several teachers, but fewer rounds than teachers.
 
     Examples:
         >>> divided(12, (0.75, 0.25), (50, 50))

@@ -1,4 +1,4 @@
-"""Compute the loss of a chunk of rows in one Triton kernel: a fused `rows.py` for CUDA.
+"""Compute the loss of a chunk of rows in one Triton kernel on CUDA; `rows.py` uses PyTorch.
 
 One program computes one row: the program reads the logits of the stored ids, passes over the row
 once for maximum and sums (online softmax) and once more to write the gradient, and writes the

@@ -183,7 +183,9 @@ class Blocks:
 
 
 def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Count the distinct tokens of each row; return their ids, their counts, and offsets [R + 1].
+    """Count the distinct tokens of each row.
+
+    Returns the ids of all rows, int64 [E], their counts, int32 [E], and row offsets, int64 [R + 1].
 
     Args:
         tokens: int64 [R, N], ascending in each row.
@@ -307,8 +309,9 @@ def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.
 def _factors(exponent: float) -> tuple[float, float]:
     """Return float32 numbers a (slope) and b (remainder) with a * (1 + b) = exponent / ln 2.
 
-    The relative error is below 1e-10; that of a single float32 factor would be up to 6e-8. The
-    shares of light blocks are wrong by this error times the magnitude of their logits.
+    The relative error of the product is below 1e-10, instead of up to 6e-8 for a single float32
+    factor. The relative error in the share of a light block (see `_HEAVY`) is that of the product
+    times the magnitude of the block's logits.
     """
     if exponent == 0:
         return 0.0, 0.0

@@ -214,7 +214,8 @@ class Cache:
 
         Raises:
             IndexError: the cache has fewer windows.
-            CacheCorruptionError: the shard is damaged; the message contains the file and the row.
+            CacheCorruptionError: the shard is damaged; the message contains the file, and the
+                damaged rows unless the footer is damaged.
             StorageError: the shard cannot be reached.
         """
         shard_range, row = self._locate(i)
@@ -389,7 +390,7 @@ def read_identity(storage: ReadableFiles) -> Identity:
 
 
 def same_record(a: WindowRecord, b: WindowRecord) -> bool:
-    """Return whether two records are bitwise equal, with loss, entropy and rate in float32."""
+    """Return whether two records are bitwise equal; loss, entropy and rate compare as float32."""
 
     def arrays(record: WindowRecord) -> list[Any]:
         targets = record.targets

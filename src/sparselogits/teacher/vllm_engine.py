@@ -46,8 +46,9 @@ _OTHER_MODEL = {
     *("tokenizer", "tokenizer_mode", "tokenizer_revision", "skip_tokenizer_init"),
     *("rope_scaling", "rope_theta", "disable_sliding_window", "enable_lora", "speculative_config"),
 }
-"""Options with which vLLM could run another model than the one that is validated and hashed. Few
-tokens are compared, so a change that affects only long windows would not be noticed."""
+"""Options that are rejected, because with them vLLM could run another model than the one that is
+validated and hashed. The comparison with transformers covers few tokens, so a change that affects
+only long windows would not be noticed."""
 
 _ROUNDING_ONLY = {
     *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend"),

@@ -143,7 +143,8 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
     if parts is None:
         warnings.warn(
             f"{type(model).__name__}: trunk and head cannot be run separately, so the loss is "
-            "computed on the logits of all positions, which take more memory",
+            "computed on the logits of all positions, which take more memory. If memory runs out, "
+            "use smaller batches",
             SparseLogitsWarning,
             stacklevel=2,
         )

@@ -244,7 +244,9 @@ class ThinningStage(_Strict):
         description="number of rounds used per position, at most the number in the cache"
     )
     until: float | None = Field(
-        None, description="end of the stage as a share of all steps, in (0, 1]"
+        None,
+        description="end of the stage as a share of all steps, in (0, 1]; not needed for the last "
+        "stage, which lasts until the end of training",
     )
     until_step: int | None = Field(
         None, description="end of the stage as a number of steps, instead of until"
@@ -463,7 +465,9 @@ class Recipe(TrainingSettings):
         "lowest loss in each window. Equal weights when absent",
     )
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
-    student: Student = Field(description="model to train (see student)")
+    student: Student = Field(
+        description="model to train: an existing one, or a new one with random weights"
+    )
     method: MethodName = Field("sparse", description=f"loss; {METHODS_IN_WORDS}")
     teacher: str | None = Field(
         None,

@@ -473,10 +473,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, *arguments: Any, **options: Any
     ) -> dict[str, float]:
-        """Evaluate as transformers does; `eval_loss` is the labels' cross-entropy.
+        """Evaluate as transformers' Trainer does, and return the metrics by name.
 
-        For windows with targets the metrics also contain `eval_kd`, for windows with unbiased
-        targets `eval_kl`.
+        `eval_loss` is the cross-entropy to the labels. With targets in the windows, `eval_kd` is
+        the cross-entropy to the targets, or the divergence from the online teacher. If the targets
+        are unbiased and of the whole vocabulary, `eval_kl` estimates KL(teacher || student). All
+        three are means over positions with a label, in nats.
         """
         self.objective.evaluation.take(self._sum_over_ranks)
         given = self._eval_windows(eval_dataset)

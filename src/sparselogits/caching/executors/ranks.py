@@ -121,7 +121,7 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """Return an environment variable as a number. Raises InvalidArgumentError."""
+    """Return an environment variable as an integer from 0, or raise InvalidArgumentError."""
     text = environment.get(name, "" if default is None else str(default))
     if not text.isdigit():
         raise InvalidArgumentError(

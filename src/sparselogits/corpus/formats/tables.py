@@ -188,7 +188,7 @@ def _rows(
 
 
 def _numbers(scalar: pa.Scalar) -> Any:
-    """Return a list of integers as a numpy array, and any other value as a Python value."""
+    """Return a list of integers or booleans without nulls as a numpy array, others by `as_py`."""
     values = getattr(scalar, "values", None)
     if values is None or values.null_count:
         return scalar.as_py()

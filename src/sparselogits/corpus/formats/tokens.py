@@ -122,7 +122,7 @@ class _Stream(TokenFormat):
 
 
 class Datatrove(_Stream):
-    """Format of datatrove, which nanotron reads in windows of its sequence length plus one."""
+    """Format of datatrove's `.ds` files; nanotron's windows are its sequence length plus one."""
 
     name = "datatrove"
     weak_suffixes = (".ds",)

@@ -45,7 +45,7 @@ from sparselogits.teacher.vocabulary import vocabulary_size
 from sparselogits.train.recipe import Student
 
 WINDOWS_PER_SHARD = 64
-"""Number of windows per shard in the caches."""
+"""Number of windows per shard in the caches of a comparison."""
 
 OpenStage = Callable[..., AbstractContextManager[Update]]
 """Function that shows the progress of a stage in a `with` block, such as `console.stage`."""

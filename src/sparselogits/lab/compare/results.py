@@ -79,8 +79,8 @@ class OfBatches(_Value):
     """Mean of a metric over batches, with the ends of its 95 % Student's t interval."""
 
     mean: float
-    low: float | None = Field(description="lower end; None for a single batch")
-    high: float | None = Field(description="upper end; None for a single batch")
+    low: float | None = Field(description="lower end of the interval; None for a single batch")
+    high: float | None = Field(description="upper end of the interval; None for a single batch")
 
 
 class GradientSize(_Value):

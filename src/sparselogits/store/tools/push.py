@@ -1,9 +1,10 @@
 """Publish a local cache at a URL.
 
 Files are written in the order of a build: cache.json, which claims the URL, then the shards, each
-of which is verified, and finally the dataset card with statistics. Other files are not changed, and
-links are not followed. Sound shards at the URL are not copied again, so an interrupted push can be
-repeated, and a later push adds the shards built since. Readers can open the cache during a push.
+of which is verified, and finally the dataset card with statistics. Other files are not changed. A
+cache that contains links is rejected. Sound shards at the URL are not copied again, so an
+interrupted push can be repeated, and a later push adds the shards built since. Readers can open the
+cache during a push.
 """
 
 from __future__ import annotations
