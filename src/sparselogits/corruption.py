@@ -1,10 +1,10 @@
 """Corrupt the input of a window for a masked language model, as a function of seed and window.
 
 A window is divided into units: tokens, words, or spans of geometric length. Each unit is chosen
-with a probability equal to the window's rate, so every token is chosen with that probability,
-whatever the units are. One share of the chosen tokens is replaced by the mask token, one share by
-random tokens, and the rest is not replaced. Special tokens, padding, and tokens that are not
-trained on are never chosen; special tokens are never used as a replacement.
+with a probability equal to the window's rate, whatever the units are. One share of the chosen
+tokens is replaced by the mask token, one share by random tokens, and the rest is not replaced.
+Special tokens, padding, and tokens that are not trained on are never chosen; random tokens are
+never special tokens.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Corrupted:
     Args:
         inputs: int32 [L], token ids of the model's input.
         chosen: bool [L], true where the model predicts the original token.
-        rate: probability with which each token was chosen.
+        rate: probability with which each unit was chosen.
     """
 
     inputs: NDArray[np.int32]
@@ -191,7 +191,7 @@ class Corruption:
 
         Raises:
             InvalidArgumentError: the cache is of a masked language model, and `tokenizer` is None
-                or has a mask token that is not in the vocabulary.
+                or the cache's mask token is not in its vocabulary.
         """
         objective = identity.predicts
         if not isinstance(objective, Masked):

@@ -4,8 +4,9 @@ transformers' attention infers document boundaries from position ids that restar
 architectures ignore such position ids: recurrent and hybrid models carry a state across the
 boundary; ALiBi and some learned positions depend on the position in the window. So
 `Documents.probe` runs a model on two short packed windows, and compares the states with those of
-each document run alone. If the states are equal, the model runs packed windows; any other model
-runs each document as a separate sequence, with an attention mask if the model attends to padding.
+each document run alone. If the states are equal up to rounding, the model runs packed windows;
+otherwise it runs each document as a separate sequence, with an attention mask if it attends to
+padding. A model that cannot separate documents in either way is rejected when it runs.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Documents:
     Args:
         model: name of the model's class, for messages.
         way: "packed" (position ids that restart are sufficient), "apart" (each document runs as a
-            separate sequence) or "none" (documents influence each other in either case).
+            separate sequence) or "none" (neither way reproduces the states of a document alone).
         packed_up_to: length in tokens of the longest window that may run packed; None without a
             limit. In longer windows the model's results depend on the longest position of the
             batch, or on the position in the window.
@@ -254,7 +255,8 @@ def _probe_way(
 ) -> tuple[Literal["packed", "apart", "none"], bool]:
     """Return the fastest `way` that reproduces the states of documents that are run alone.
 
-    The second value is `Documents.masks_padding`. If the way is "apart" and the model is a masked
+    The second value is `Documents.masks_padding`. If the states are not finite, the way is "apart"
+    without a test. If the way is "apart" and the model is a masked
     language model (`masked`), the value is True without a test, because the effect of a little
     padding may be smaller than the bounds on rounding.
     """
@@ -297,7 +299,10 @@ def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:
 
 
 def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tensor) -> bool:
-    """Return whether a packed pass gives the states of `alone`, and no document affects another."""
+    """Return whether a packed pass gives the states of `alone`, and documents affect no later one.
+
+    The second condition is tested for the first document of each window.
+    """
     packed = run(input_ids=tokens, position_ids=positions)
     bound = _PACKED.get(alone.dtype, _PACKED_HALF)
     if packed.shape != alone.shape or not _distance(packed, alone) <= bound:

@@ -1,7 +1,7 @@
-"""Define the errors of the library: every intentional error is a `SparseLogitsError`.
+"""Define the errors of the library, which are subclasses of `SparseLogitsError`.
 
 A message states what was found, what was expected, and what to do next. The command line prints
-the message and exits with code 2; any other exception that reaches the user is a bug.
+the message and exits with code 2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _LONGEST_MESSAGE = 8000  # characters; a name quoted from an untrusted file may 
 
 
 class SparseLogitsError(Exception):
-    """Base class of all errors that the library raises intentionally.
+    """Base class of the library's errors.
 
     A message may quote names and values from an untrusted file, so control characters are escaped
     and the middle of a very long message is cut out.

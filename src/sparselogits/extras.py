@@ -61,5 +61,5 @@ def require(what: str, *extras: str, demo_model: bool = False) -> None:
 
 
 def require_demo() -> None:
-    """Validate that every package that the demo uses is installed; see `require`."""
+    """Validate that the packages in the extra "demo" and the demo's teacher are installed."""
     require("the demo", "demo", demo_model=True)

@@ -2,9 +2,9 @@
 
 A file's bytes are written under a temporary name in the same folder, flushed and synced, and the
 file is renamed to its final name; then the folder is synced. So a reader gets either the old or the
-new file, even after a power failure, and a full disk changes nothing. A temporary name contains the
-id of its process, so that the next process that writes into the folder can remove the temporary
-files of dead processes.
+new file, even after a power failure if the file system supports syncing, and a full disk changes
+nothing. A temporary name contains the id of its process, so that the next process that writes into
+the folder can remove the temporary files of dead processes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _FULL_ELSEWHERE = re.compile(
 def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:
     """Write a small file completely or not at all, and create its folder if it is missing.
 
-    If several processes write the same file, the content of the last one to finish remains.
+    If several processes replace the same file, the content of the last one to finish remains.
 
     Args:
         path: path of the file; an existing file must be a regular one.
@@ -70,7 +70,7 @@ def writing_whole(
 ) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name when the block ends without an exception.
 
-    Errors are those of `write_whole`.
+    Errors are those of `write_whole`; an `OSError` within the block becomes a `StorageError`.
 
     Args:
         path: see `write_whole`.
@@ -111,7 +111,8 @@ def take_name(source: Path, target: Path) -> bool:
     """Link or rename a file to a new name; return False if the new name exists already.
 
     With hard links the operation is exclusive among all processes, and the file also retains its
-    old name. Without hard links it is exclusive only among this machine's callers of this function.
+    old name. Without hard links it is exclusive at best among callers of this module on this
+    machine.
     """
     try:
         os.link(source, target)
@@ -162,8 +163,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     mount point) is filled by one rename per entry.
 
     Raises:
-        StorageError: the folder cannot be written; the temporary folder has been removed.
-        InvalidArgumentError: the path is a file, or a folder that is not empty.
+        StorageError: the folder cannot be written.
+        InvalidArgumentError: the path exists and is not an empty folder.
     """
     with disk_errors(path):
         require_new_folder(path)
@@ -189,8 +190,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def require_new_folder(path: Path) -> None:
     """Validate that a folder is missing or empty, after removing leftovers of dead processes.
 
+    Entries that operating systems create are ignored, see `is_clutter`.
+
     Raises:
-        InvalidArgumentError: the path is a file, or a folder that is not empty.
+        InvalidArgumentError: the path exists and is not an empty folder.
     """
     clean_leftovers(path)
     if not path.exists() and not path.is_symlink():
@@ -276,7 +279,8 @@ def temporary_name(path: Path) -> Path:
 def clean_leftovers(folder: Path) -> list[str]:
     """Remove the temporary files and folders of dead processes from a folder; return their names.
 
-    Temporary files from other machines are removed if they have not changed for a day.
+    Temporary files from other machines, or from before a restart of this one, are removed if they
+    have not changed for a day.
     """
     removed = []
     try:
@@ -369,7 +373,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync a folder and all files and folders below it."""
+    """Sync a folder and all files and folders below it, except links."""
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue
@@ -387,7 +391,8 @@ def sync_tree(folder: Path) -> None:
 def user_cache() -> Path:
     """Return the user's cache folder, for files that can be created or downloaded again.
 
-    The folder is `sparselogits` in `$XDG_CACHE_HOME`, or in `~/.cache` if the variable is not set.
+    The folder is `sparselogits` in `$XDG_CACHE_HOME`, or in `~/.cache` if the variable is not set
+    or empty.
     """
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "sparselogits"

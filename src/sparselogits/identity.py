@@ -1,10 +1,10 @@
 """Describe in canonical form what a cache is built from, and hash the description.
 
-Two shards belong to one cache if and only if their identities are equal. An identity contains what
-changes the *meaning* of the targets (teacher, tokenizer, sampler, packing, ...) or of the bytes
-(codec, format). Versions of libraries and the device change only low-order bits; they are recorded
-in each shard's provenance instead. The corpus is not part of the identity, so that text can be
-appended: each shard contains the fingerprint of its windows.
+All shards of a cache have equal identities. An identity contains what changes the *meaning* of the
+targets (teacher, tokenizer, sampler, packing, ...) or of the bytes (codec, format). Versions of
+libraries and the device are recorded in each shard's provenance instead, because they should change
+only low-order bits. The corpus is not part of the identity, so that text can be appended: each
+shard contains the fingerprint of its windows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Identity:
     Args:
         teacher: name (for display, not compared), sha256 of the weights, dtype, engine and
             quantization of the teacher.
-        tokenizer: sha256 of the tokenizer's canonical bytes.
+        tokenizer: fingerprint of the tokenizer, see `tokenizer_fingerprint`.
         vocab_size: number of the teacher's logits per position.
         token_mask: sha256 of the bitmap that marks ids which are tokens; "all" if every id is one.
         window_length: number of positions per window.
@@ -143,7 +143,7 @@ class Identity:
         return f"{name or 'unnamed'} ({dtype or 'unknown'})"
 
     def sampler_in_words(self) -> str:
-        """Return the sampler's name and parameters on one line, for display."""
+        """Return the sampler's name and up to 16 parameters on one line, for display."""
         parameters = [
             f"{_one_line(k)} {_one_line(v)}"
             for k, v in self.sampler.items()
@@ -216,7 +216,10 @@ def _one_line(value: object) -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """Encode a value as JSON in UTF-8 with sorted keys, no spaces and shortest floats."""
+    """Encode a value as JSON in UTF-8 with sorted keys, and no spaces between tokens.
+
+    Raises ValueError for a float that is not finite.
+    """
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()

@@ -3,7 +3,7 @@
 A stream is the concatenation of its parts. A window is a range of the stream and may span several
 parts. Parts are therefore written independently of one another, in any order, by any number of
 processes, and windows need no second pass over the tokens. Parts are compressed by zstd in row
-groups of `GROUP_TOKENS` tokens; reading a random window decodes one or two row groups.
+groups of `GROUP_TOKENS` tokens; reading a random window usually decodes one or two row groups.
 
 Columns: `token` int32; `document_start` bool; `learnt` bool (whether the token carries a target),
 absent if all tokens do. The footer contains the part's `Counts` as JSON, and the frequency of each
@@ -58,13 +58,13 @@ class Counts:
     """Numbers of documents, characters and tokens in one part of a stream, or in several."""
 
     documents: int = 0
-    """Number of documents that begin in the part."""
+    """Number of documents that begin in the part; a row of token ids counts as one document."""
     blank_documents: int = 0
     """Number of documents that are not packed because they contain no text."""
     characters: int = 0
     """Number of characters in the text."""
     tokens: int = 0
-    """Number of tokens, including separators and beginning-of-text tokens."""
+    """Number of tokens, including separators, beginning-of-text tokens and padding."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*map(add, astuple(self), astuple(other)))
@@ -81,7 +81,7 @@ class Tokens(NamedTuple):
     """Whether each token carries a target, bool [N]; None if all tokens do."""
 
     def cut(self, start: int, stop: int | None = None) -> Tokens:
-        """Return the tokens [start, stop) as views of these arrays."""
+        """Return the tokens [start, stop), or all from `start` on, as views of these arrays."""
         learnt = None if self.learnt is None else self.learnt[start:stop]
         return Tokens(self.ids[start:stop], self.starts[start:stop], learnt)
 
@@ -96,7 +96,7 @@ class Tokens(NamedTuple):
 
 
 def part_name(number: int) -> str:
-    """Return the file name of part `number`; names sort in the order of the numbers."""
+    """Return the file name of part `number`, of eight digits, so that names sort by number."""
     return f"part-{number:08d}.parquet"
 
 
@@ -141,7 +141,7 @@ def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartW
 
 
 class PartWriter:
-    """Writer of one part of a stream; the required memory does not grow with the part."""
+    """Writer of one part of a stream, which writes row groups as soon as they are complete."""
 
     def __init__(self, file: pq.ParquetWriter, schema: pa.Schema, vocab_size: int) -> None:
         self.counts = Counts()
@@ -152,7 +152,7 @@ class PartWriter:
         self._begins = False
 
     def begin_document(self) -> None:
-        """Mark the next appended token as the first of a document."""
+        """Count a document, and mark the next appended token as its first one."""
         self.counts.documents += 1
         self._begins = True
 
@@ -163,9 +163,12 @@ class PartWriter:
         learnt: NDArray[np.bool_] | bool,
         starts: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Append N tokens of one document, or of several documents that begin at `starts`.
+        """Append tokens.
 
-        `learnt` states whether each token, or every token, carries a target.
+        Args:
+            ids: token ids, int64 [N].
+            learnt: whether each token (bool [N]), or every token, carries a target.
+            starts: whether each token is the first of a document, bool [N]; None if none is.
 
         Raises:
             CorpusError: an id is not smaller than the vocabulary size.
@@ -199,7 +202,7 @@ class PartWriter:
         self.counts.tokens += length
 
     def finish(self) -> None:
-        """Write the remaining tokens and the counts."""
+        """Write the remaining tokens, the counts and the frequencies."""
         if self._length:
             self._flush(self._length)
         packed = pa.compress(self._frequencies.astype("<i8").tobytes(), codec="zstd", asbytes=True)
@@ -215,7 +218,7 @@ def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]
     """Return the counts of a part, and the frequency of each of the V ids in it, int64 [V].
 
     Raises:
-        CorpusError: the part is damaged.
+        CorpusError: the part is missing or damaged.
     """
     try:
         metadata = open_part(path, 1 << 31, extra=12 * vocab_size).metadata.metadata
@@ -264,7 +267,7 @@ class TokenStream:
         """Return the tokens [start, stop) of the stream.
 
         Raises:
-            CorpusError: a part is damaged.
+            CorpusError: a part is missing or damaged.
         """
         ranges = []
         with self._lock:
@@ -332,11 +335,14 @@ class PartError(ValueError):
 
 
 def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
-    """Open a part with at most `groups` row groups and `extra` bytes of key-value metadata.
+    """Open a part, unless its footer is too large for `groups` row groups.
+
+    `extra` is the number of bytes by which key-value metadata may enlarge the footer.
 
     Raises:
-        PartError: the file is not Parquet, or its footer is larger than a part's can be.
+        PartError: the file is not Parquet, or its footer is too large or has an Arrow schema.
         OSError: the file cannot be read, or is not a regular file.
+        pyarrow.ArrowException: the footer is damaged.
     """
     descriptor = open_regular(path)
     try:

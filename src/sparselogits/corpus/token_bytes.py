@@ -38,7 +38,7 @@ class ByteTokens(NamedTuple):
         ids: int64 [N] token ids.
         starts: int64 [N], position of each token's first byte; -1 for a token whose bytes do not
             occur there in the text (an unknown token, or a token of normalised text).
-        ends: int64 [N], position after each token's last byte.
+        ends: int64 [N], position after each token's last byte; an estimate where the start is -1.
         words: int64 [N], index of the pre-tokenizer's word that contains each token; -1 for none.
     """
 
@@ -60,12 +60,12 @@ class TokenBytes:
         roles: ids of the special tokens by role (`ROLES`).
         special: content of each special token by id; special tokens stand for no bytes of the text.
         bytes_of: byte string of each id; empty for special tokens and unused ids.
-        bos_id: id of the token that the tokenizer adds before a text; None for no token.
+        bos_id: id of the first token that the tokenizer adds before a text; None for no token.
         first_of: function `_first_of` with a cache of its results.
 
     Raises:
-        InvalidArgumentError: the tokenizer is not fast, or its tokens do not determine the bytes of
-            a text; the message names the component that loses bytes.
+        InvalidArgumentError: the tokenizer is not fast, drops bytes of a text, or is neither
+            byte-level nor SentencePiece's.
     """
 
     def __init__(self, tokenizer: Any, whose: str = "the tokenizer") -> None:
@@ -100,7 +100,7 @@ class TokenBytes:
     # -- construction ------------------------------------------------------------------------------
 
     def _checked_family(self, model: dict[str, Any]) -> str:
-        """Return "bytes" or "sentencepiece"; reject a tokenizer that drops bytes of a text."""
+        """Return "bytes" or "sentencepiece"; reject a tokenizer that may drop bytes of a text."""
         kind = model.get("type")
         if kind not in ("BPE", "Unigram"):
             self._reject(
@@ -124,13 +124,13 @@ class TokenBytes:
         return "bytes" if "ByteLevel" in kinds else "sentencepiece"
 
     def require_lossless(self) -> None:
-        """Validate that text can be tokenised without changing its bytes.
+        """Validate that the normaliser preserves the bytes of a text.
 
         NFC is accepted: it does not change text that is in this form, which is most text, and
         tokens of changed text are recognised (`ByteTokens.starts`).
 
         Raises:
-            InvalidArgumentError: the normaliser merges different texts.
+            InvalidArgumentError: the normaliser has another component that may change the bytes.
         """
         for part in self._parts("normalizer"):
             kind = part["type"]

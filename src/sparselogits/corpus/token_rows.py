@@ -102,8 +102,8 @@ def token_piece(
         closes: whether the piece ends with the row's last token.
 
     Raises:
-        CorpusError: an id lies outside the vocabulary, the row is longer than a window, or it has
-            several documents although each window is to have one.
+        CorpusError: an id lies outside the vocabulary; the row is longer than a window, and rows
+            are not joined; or the row has several documents although each window is to have one.
     """
     packing, count = reading.settled, len(ids)
     least, largest = int(ids.min()), int(ids.max())
@@ -157,7 +157,8 @@ def record_row(
     """Return a record's row of token ids as a piece; None if the row has no tokens.
 
     Raises:
-        CorpusError: a column is missing or invalid, or contradicts another column; or the errors of
+        CorpusError: `input_ids` is missing, a column is invalid or contradicts another column, or
+            the row has several documents although attention is not reset; or the errors of
             `token_piece`.
     """
     found = {name: values[name] for name in COLUMNS if values.get(name) is not None}
@@ -197,7 +198,8 @@ def _integers(
     """Return a column of a row as int64 [N].
 
     Raises:
-        CorpusError: the column is not a flat list of integers, or not of the given length.
+        CorpusError: the column is not a flat list of integers or booleans, or not of the given
+            length.
     """
     value = columns[name]
     if not isinstance(value, list | tuple | np.ndarray):

@@ -35,7 +35,7 @@ class TokenizerFingerprint(str):
     Args:
         value: the fingerprint.
         ids: hexadecimal sha256 of the vocabulary, normalisation and pre-tokenizer, without added
-            tokens.
+            tokens; for a slow tokenizer, of its class, vocabulary and vocabulary files.
         added: texts of the tokens that were added to the vocabulary, by their ids as strings.
         roles: texts of the special tokens by role ("eos", "pad", ...).
     """
@@ -116,7 +116,7 @@ def require_tokenizer(
 
     Roles of special tokens, chat template and padding may differ, and each tokenizer may have added
     tokens that the other lacks, if no id stands for two different tokens. A `SparseLogitsWarning`
-    states these differences.
+    states differences in roles and added tokens.
 
     Args:
         tokenizer: a transformers tokenizer, or its fingerprint.
@@ -128,8 +128,8 @@ def require_tokenizer(
         allow: names of `ALLOWANCES`; "other-tokenizer" turns the error into a warning.
 
     Raises:
-        IdentityMismatchError: an id stands for another token, or `recorded` is None and the
-            fingerprints differ.
+        IdentityMismatchError: vocabulary, normalisation or pre-tokenizer differs, an id stands for
+            two different tokens, or `recorded` is None and the fingerprints differ.
     """
     found = tokenizer
     if not isinstance(tokenizer, TokenizerFingerprint):
@@ -166,7 +166,10 @@ def require_tokenizer(
 
 
 def _conflict(found: TokenizerFingerprint, cached_added: object, origin: str) -> str | None:
-    """Return a clause about the first id whose added token differs; None if there is no such id."""
+    """Return a clause about the first id whose added token differs; None if there is no such id.
+
+    If the added tokens of the cache are recorded as a hash, the hashes are compared.
+    """
     if not isinstance(cached_added, Mapping):
         return None if cached_added == found.record()["added"] else "added tokens differ"
     for id_, token in found.added.items():

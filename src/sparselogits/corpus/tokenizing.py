@@ -44,9 +44,9 @@ class Encoder:
     """Tokenizer for pieces of text; a pickled copy compiles its tokenizer again.
 
     Args:
-        tokenizer: a transformers tokenizer. With a fast tokenizer, the tokens of a long document do
-            not depend on how it is cut into pieces; a slow tokenizer returns no character offsets,
-            so it tokenises each piece independently.
+        tokenizer: a transformers tokenizer. With a fast tokenizer, the tokens of a long document
+            usually do not depend on how it is cut into pieces; a slow tokenizer returns no
+            character offsets, so it tokenises each piece independently.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ class Encoder:
         """Return the tokens of each piece, without the special tokens that the tokenizer adds.
 
         Raises:
-            CorpusError: the tokenizer fails on a text, or takes longer than `BATCH_SECONDS`.
+            CorpusError: a fast tokenizer fails on a text, or takes longer than `BATCH_SECONDS`.
         """
         encoded = {
             i: Encoded(row.ids, row.learnt)
@@ -163,7 +163,7 @@ def _ids(ids: list[int]) -> NDArray[np.int64]:
 
 
 def _encode_in_time(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
-    """Return the encodings of texts, or raise an error after `BATCH_SECONDS`.
+    """Return the encodings of texts; raise CorpusError on a failure or after `BATCH_SECONDS`.
 
     The regular expressions of a tokenizer are untrusted and may take exponential time. Python
     cannot stop a running one, so its thread is abandoned and ends with the process.
@@ -221,8 +221,8 @@ def packing_for(
     the added token with the first name of `END_OF_TEXT`; the end-of-sequence token. The reason for
     this order: chat models end a *turn* with their end-of-sequence token (`<|im_end|>`,
     `<|eot_id|>`), while their base models were trained on documents that end with an end-of-text
-    token. The padding token is never the separator. Windows of the kind "documents" are padded with
-    the padding token, or with the separator if there is none.
+    token. Windows of the kind "documents" are padded with the padding token, or with the separator
+    if there is none.
 
     Documents begin with a beginning-of-text token only if the tokenizer adds one to text.
 
@@ -235,8 +235,8 @@ def packing_for(
         kind: kind of packing: "joined" or "documents", see `Packing`.
 
     Raises:
-        CorpusError: the tokenizer has no token that could separate documents, or it adds more than
-            one token before text (for the kind "documents", or after it).
+        CorpusError: the tokenizer has no token that could separate documents; it adds more than
+            one token before text; or, for the kind "documents" without `separator_id`, after text.
         InvalidArgumentError: an argument is out of range; see `Packing`.
     """
     before, after = added_tokens(tokenizer)

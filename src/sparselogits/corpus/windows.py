@@ -30,7 +30,7 @@ class Packing:
       into windows without gaps, so a document may begin in one window and end in another. The last
       partial window is dropped, and counted.
     - *documents*: each window has one document, padded at the end. A longer document is cut into
-      several windows, each of which has the beginning-of-text token and the separator. Padding, and
+      several windows, each of which has the document's special tokens. Padding, and
       a separator that does not end a document, carry no target.
 
     Raises:
@@ -159,8 +159,8 @@ class Window:
 def fingerprint(windows: Sequence[Window], *, masks: bool = True) -> str:
     """Return the hexadecimal sha256 of tokens, document starts and masks of several windows.
 
-    Numbers are hashed as little-endian int32, each array after its length, so only equal sequences
-    of windows have equal fingerprints. The indices of the windows are not hashed.
+    Tokens and document starts are hashed as little-endian int32, each array after its length. The
+    indices of the windows are not hashed.
 
     Args:
         windows: windows in order.

@@ -79,9 +79,8 @@ class CachedWindow(TextWindow):
 class CacheDataset(Dataset[CachedWindow]):
     """Dataset of the windows of a cache, for torch's DataLoader and every Trainer.
 
-    `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets`, `teacher_entropy` and
-    optionally `attention_mask` and `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch
-    of windows that `collate` has combined.
+    `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets` and further entries that
+    `CachedWindow` describes; `dataset[a:b]` is a batch of windows that `collate` has combined.
 
     Several caches of the same text, built with teachers that share a tokenizer, are read as one
     cache with targets for the mixture sum_m w_m p_m of the teachers' distributions p_m.
@@ -100,9 +99,10 @@ class CacheDataset(Dataset[CachedWindow]):
 
     Raises:
         CacheError: there is no cache, or it has no finished shard.
-        IdentityMismatchError: several caches differ in text, tokenizer, packing or temperature.
-        InvalidArgumentError: no cache is given; the weights are negative, do not sum to 1 or do not
-            match the caches; or the draft vocabulary does not match the caches.
+        IdentityMismatchError: several caches cannot be mixed, see `Mixture.of`.
+        InvalidArgumentError: no cache is given; two caches have the same identity; the weights are
+            negative, do not sum to 1 or do not match the caches; or the draft vocabulary does not
+            match the caches.
 
     Examples:
         >>> cache = CacheDataset("my-cache")
@@ -327,8 +327,8 @@ class TextDataset(Dataset[TextWindow]):
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     """Return the number of rounds to which targets must be thinned to meet a budget of entries.
 
-    The mean number of entries per position with a target, measured on eight windows that are spread
-    over the cache, is then as close to the budget as possible.
+    The mean number of entries per position with a target, measured on at most eight windows that
+    are spread over the cache, is then as close to the budget as possible.
 
     Args:
         dataset: dataset whose targets were drawn in rounds.

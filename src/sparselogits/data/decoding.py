@@ -22,18 +22,19 @@ def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> Sp
 
     Args:
         row: columns by name, as a dict, a pandas Series or any other mapping: `window_index`,
-            `tokens`, `mask` and `targets`. If all columns are present, the checksum of the row is
-            verified.
+            `tokens`, `mask` and `targets`. If all columns of the shard are present, the checksum of
+            the row is verified.
         cache: the cache that contains the row. To decode many rows, pass an open cache, because a
             path is opened at each call.
 
     Returns:
-        The targets of the window's L positions.
+        The targets of the window's L positions, for the ids of the teacher, even if the dataset has
+        a draft vocabulary.
 
     Raises:
         InvalidArgumentError: the row lacks columns, or the dataset mixes several caches.
         CacheError: there is no cache, or no shard contains the window of the row.
-        CacheCorruptionError: the row differs from the row of the shard.
+        CacheCorruptionError: the row cannot be decoded, or its checksum is wrong.
 
     Examples:
         >>> import pyarrow.dataset

@@ -136,8 +136,8 @@ class DraftVocabulary:
 
         Raises:
             InvalidArgumentError: `size` is less than 1, greater than V, or less than the number of
-                ids in `keep`; an id in `keep` is out of range; or a frequency is negative or not
-                finite.
+                ids in `keep`; an id in `keep` is out of range; or `frequencies` is not a vector of
+                finite non-negative numbers.
         """
         given = _float64(frequencies)
         kept = torch.tensor(sorted(set(keep)), dtype=torch.int64)
@@ -193,7 +193,7 @@ class DraftVocabulary:
         """Return the targets for the D + 1 classes.
 
         Weights and counts of the entries outside of the draft vocabulary are added to one entry of
-        class D, so the result can be thinned.
+        class D, so targets that were drawn in rounds can still be thinned.
 
         Args:
             targets: targets for the teacher's ids.
@@ -216,8 +216,7 @@ class DraftVocabulary:
             labels: int64, ids of the teacher or -100.
 
         Raises:
-            InvalidArgumentError: a label is not an id of the teacher, because the text was
-                tokenised by another tokenizer.
+            InvalidArgumentError: a label is not below V.
         """
         largest = int(labels.max()) if labels.numel() else 0
         if largest >= self.vocab_size:
@@ -313,9 +312,9 @@ class DraftVocabulary:
     def give_head(self, model: nn.Module) -> nn.Module:
         """Replace the head of a transformers causal language model by one for the D + 1 classes.
 
-        The rows of draft ids are copied, and the row of the rest is the mean of the other rows (of
-        all rows if there are no others). The input embedding is not changed and no longer shares
-        its weights with the head.
+        The rows of draft ids are copied, and the row of the rest is the mean of the rows of the
+        teacher's other ids (of all its ids if there are no others). The input embedding is not
+        changed and no longer shares its weights with the head.
 
         Args:
             model: model with at least V output ids; it is changed.
@@ -353,7 +352,7 @@ class DraftVocabulary:
 
         transformers has one vocabulary size for embedding and head, so a model is saved with such a
         head. The rows of ids outside of the draft vocabulary are copies of the row of the rest, so
-        `give_head` restores the D + 1 rows; generation suppresses these ids.
+        `give_head` restores the D + 1 rows if D < V; generation suppresses these ids.
 
         Args:
             model: model with a head of `give_head`; it is changed.
@@ -459,9 +458,9 @@ class DraftVocabulary:
 
 
 def vocabulary_of(folder: Path) -> DraftVocabulary | None:
-    """Return the draft vocabulary of a saved drafter; None for the folder of another model.
+    """Return the draft vocabulary of a saved drafter; None if the folder has no d2t.npy.
 
-    Raises InvalidArgumentError if d2t.npy or t2d.npy cannot be read (see `DraftVocabulary.load`).
+    Raises InvalidArgumentError if `DraftVocabulary.load` rejects the folder.
     """
     return DraftVocabulary.load(folder) if (folder / f"{_D2T}.npy").exists() else None
 
@@ -474,7 +473,7 @@ def require_vocabulary_of(folder: Path, draft: DraftVocabulary | None) -> None:
         draft: draft vocabulary with which the model will be used; None for all ids.
 
     Raises:
-        InvalidArgumentError: the drafter has another draft vocabulary.
+        InvalidArgumentError: the drafter has another draft vocabulary, or one that cannot be read.
     """
     own = vocabulary_of(folder)
     if own is not None and draft != own:
@@ -496,10 +495,10 @@ def require_causal(*, masked: bool) -> None:
 
 
 def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None = None) -> Tensor:
-    """Return the sum of the cached target weights of each id, float64 [V].
+    """Return the sum of the target weights of each id in some windows of a cache, float64 [V].
 
     If the cache is unbiased, the expectation of the sum is proportional to the mean probability
-    that the teacher assigns to the id at the positions with a target.
+    that the teacher assigns to the id at these windows' positions with a target.
 
     Args:
         cache: the cache.
@@ -560,7 +559,7 @@ def _checked(tensors: tuple[Tensor, ...], path: Path) -> DraftVocabulary:
     """Return the draft vocabulary that the tensors d2t and t2d of a file or folder describe.
 
     Raises:
-        InvalidArgumentError: the tensors have unexpected types or contradict each other.
+        InvalidArgumentError: the tensors have unexpected types or shapes, or contradict each other.
     """
     d2t, t2d = tensors
     integers = (torch.int64, torch.int32)

@@ -65,8 +65,8 @@ class Mixture:
         Raises:
             InvalidArgumentError: the weights are negative, do not sum to 1 or do not match the
                 caches; or two caches have the same identity.
-            IdentityMismatchError: the caches differ in text, tokenizer, packing or temperature, or
-                only some of them are unbiased.
+            IdentityMismatchError: the caches differ in text, windows, tokenizer, packing,
+                temperature or objective, or only some of them are unbiased.
         """
         first = caches[0]
         for index, cache in enumerate(caches[1:], 1):
@@ -240,7 +240,7 @@ def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
 
 
 def _require_same_settings(one: Cache, other: Cache) -> None:
-    """Validate that two caches agree in settings, tokenizer and whether they are unbiased."""
+    """Validate that two caches agree in packing, temperature, objective, tokenizer and bias."""
     names = ("window_length", "packing", "temperature", "objective")
     here, there = (
         {name: getattr(cache.identity, name) for name in names}
@@ -274,7 +274,7 @@ def _require_same_settings(one: Cache, other: Cache) -> None:
 
 
 def _recorded_tokenizer(cache: Cache) -> dict[str, Any]:
-    """Return the tokenizer in a cache's provenance; values of unexpected types become empty."""
+    """Return the tokenizer in a cache's provenance; unexpected `ids` and `roles` become empty."""
     provenance = cache.recorded_tokenizer()
     recorded = provenance if isinstance(provenance, dict) else {}
     ids, roles = recorded.get("ids"), recorded.get("roles")
@@ -286,7 +286,7 @@ def _recorded_tokenizer(cache: Cache) -> dict[str, Any]:
 
 
 def _require_same_text(one: Cache, other: Cache) -> None:
-    """Validate that two caches have the same windows, and the same text in eight of them.
+    """Validate that two caches have the same windows, and the same text in up to eight of them.
 
     The other windows are compared when they are read.
     """

@@ -3,9 +3,9 @@
 The order of an epoch is a pseudo-random permutation of the windows: a Feistel network keyed by
 (seed, epoch) and applied repeatedly until the result is in range (cycle walking; Black and Rogaway,
 "Ciphers with arbitrary finite domains", 2002). Memory is constant, each position is computed
-independently, and all ranks compute the same order without communication. The state is (identity,
-seed, epoch, next position), so a run that stops on 8 ranks can resume on 6 or 16, and still visits
-no window twice per epoch.
+independently, and all ranks compute the same order without communication. The state does not depend
+on the number of ranks, so a run that stops on 8 ranks can resume on 6 or 16, and still visits no
+window twice per epoch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FEISTEL_ROUNDS = 6
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """Request of `WindowSampler` for a window, with its targets thinned to a number of rounds.
+    """Request for a window of a `CacheDataset`, with its targets thinned to a number of rounds.
 
     Args:
         index: index of the window in the dataset.
@@ -44,7 +44,7 @@ class WindowOrder:
 
     Args:
         windows: number of windows, at least 1.
-        seed: random seed; different seeds give unrelated orders.
+        seed: random seed of the permutations.
         identity: fingerprint of the cache, to be stored in checkpoints and compared on resuming.
 
     Raises:
@@ -91,10 +91,11 @@ class WindowOrder:
 class WindowSampler(Sampler[WindowRequest]):
     """Sampler for torch's DataLoader that yields one rank's share of an order.
 
-    Rank r of R yields positions r, r + R, r + 2 R, ... Every rank yields the same number of
-    windows, so that ranks that synchronise at every step finish together. Up to R - 1 windows are
-    therefore skipped at the end of an epoch, different ones in each epoch. With `drop_last=False`
-    every window is visited, and some ranks yield one window more than others.
+    Rank r of R yields requests for the windows at positions r, r + R, r + 2 R, ... Every rank
+    yields the same number, so that ranks that synchronise at every step finish together. Up to
+    R - 1 windows are therefore skipped at the end of an epoch; which ones depends on the order of
+    the epoch. With `drop_last=False` every window is visited, and some ranks may yield one window
+    more than others.
 
     Args:
         order: order of the windows.

@@ -30,9 +30,9 @@ class Stage:
     until_step: int | None = None
 
     def ends(self, steps: int) -> float:
-        """Return the first step after the stage, if training takes `steps` optimiser steps.
+        """Return the number of optimiser steps after which the stage ends, of `steps` in all.
 
-        The result is infinite for a stage without an end.
+        The result may be fractional, and is infinite for a stage without an end.
         """
         if self.until_step is not None:
             return self.until_step
@@ -49,7 +49,8 @@ class Schedule:
             uses the rounds of epoch 0.
 
     Raises:
-        InvalidArgumentError: there is no stage, a stage is invalid, or the ends do not ascend.
+        InvalidArgumentError: there is no stage, a stage is invalid, or the values of `until`, or
+            those of `until_step`, do not ascend.
 
     Examples:
         >>> schedule = Schedule((Stage(3, until=0.5), Stage(12)))

@@ -71,7 +71,8 @@ class Calibration:
         confidence: mean confidence over all positions.
         accuracy: share of positions whose most likely token is the true token.
         equal_width: calibration with bins of equal width in confidence.
-        equal_mass: calibration with bins of equally many positions; equal confidences share a bin.
+        equal_mass: calibration with bins of about equally many positions; equal confidences share a
+            bin.
     """
 
     confidence: float

@@ -1,7 +1,8 @@
 """Measure students and their teacher on held-out windows; docs/evaluation.md defines the metrics.
 
-The teacher runs once for all students. Logits of the teacher and of one student are in memory for
-one slice of positions at a time; one float32 per position and model is stored, for calibration.
+The teacher runs once for all students. Logits are computed for one slice of positions at a time,
+except by a student whose head cannot be run separately; one float32 per position and model is
+stored, for calibration.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class HeldOut:
             seed: random seed for the resamples.
 
         Raises:
-            InvalidArgumentError: the metric does not exist, or needs a teacher.
+            InvalidArgumentError: the metric does not exist or needs a teacher, or there are no
+                resamples.
         """
         return bootstrap_interval(
             self.sums(metric), statistic_of(metric), resamples=resamples, seed=seed
@@ -118,8 +120,8 @@ class HeldOut:
             seed: random seed for the resamples.
 
         Raises:
-            InvalidArgumentError: the numbers of positions per window differ, or one model does
-                not have the metric.
+            InvalidArgumentError: the numbers of positions per window differ, one model does not
+                have the metric, or there are no resamples.
         """
         if self.positions_by_window != other.positions_by_window:
             raise InvalidArgumentError(
@@ -220,9 +222,9 @@ def evaluate(
         The metrics by name of the student; those of the teacher under the name "teacher".
 
     Raises:
-        InvalidArgumentError: there are no windows or resamples, a student has fewer ids than the
-            teacher, or not one output per class of the draft vocabulary, or a model is causal where
-            the windows need a masked one, or the reverse.
+        InvalidArgumentError: there are no windows, labels or resamples; a student has fewer ids
+            than the teacher, or not one output per class of the draft vocabulary; or a model is
+            causal where the windows need a masked one, or the reverse.
 
     Examples:
         >>> from pathlib import Path

@@ -150,7 +150,7 @@ def _covariance(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def ratio(sums: Tensor) -> Tensor:
-    """Divide the first column of sums, float64 [R, C], by the last; return the means [R]."""
+    """Divide the first column of sums, float64 [R, C], by the last; return the ratios [R]."""
     return sums[:, 0] / sums[:, -1]
 
 
@@ -164,7 +164,7 @@ def bootstrap_interval(
 ) -> Estimate:
     """Compute a value from sums over units, with its percentile bootstrap interval.
 
-    Calls with the same seed and number of units draw the same resamples.
+    Calls with the same seed and numbers of units and resamples draw the same resamples.
 
     Args:
         units: contribution of each of W units to each of C sums, float64 [W, C]; both ends are None
@@ -217,7 +217,7 @@ def paired_interval(
     """Compute the first model's value minus the second's, with a paired bootstrap interval.
 
     Both models are resampled together, so the difficulty of a unit, which is common to both models,
-    cancels in the difference.
+    largely cancels in the difference.
 
     Args:
         first: contribution of each unit to each of the first model's C sums, float64 [W, C].
@@ -261,7 +261,8 @@ class SeedEstimate:
             models are fixed.
         seeds: Student's t interval over the models, Fieller's for a ratio; the text is fixed.
         both: interval over models and windows: Student's t (Fieller's) over the models, averaged
-            over the resamples of the windows. Equal to `windows` for a single model.
+            over the resamples of the windows. The ends are those of `windows` if there is only one
+            model or one window.
     """
 
     mean: float
@@ -284,11 +285,12 @@ def over_seeds(
     over the resamples is 2.5 % and 97.5 %; m and s are the mean over models and its standard error
     in one resample, T has Student's t distribution. For a ratio a / b, (x - m) / s is replaced by
     (x b - a) / se(a - x b), as in `fieller_interval`. If all windows are equal, the interval is
-    Student's t; if all models are equal, it is the bootstrap interval.
+    that of `seeds`; if all models are equal, it is about that of `windows`.
 
     Args:
-        units: contribution of each window to each of C sums, per seed, float64 [S, W, C]. For a
-            metric of several models, such as a difference, C counts the sums of all of them.
+        units: contribution of each window to each of C sums, per seed, float64 [S, W, C], S at
+            least 1. For a metric of several models, such as a difference, C counts the sums of all
+            of them.
         statistic: function that computes the metric of one seed, see `bootstrap_interval`.
         denominator: function that computes the denominator of one seed; the result is then the
             ratio of the two means over seeds. None for the mean of `statistic`.
@@ -296,8 +298,7 @@ def over_seeds(
         seed: random seed for the resamples.
 
     Raises:
-        InvalidArgumentError: there is no seed, no window or no resample, or the mean denominator
-            is zero.
+        InvalidArgumentError: there is no window or no resample, or the mean denominator is zero.
     """
     models, count, sums = units.shape
     side_by_side = units.transpose(0, 1).flatten(1)

@@ -97,7 +97,8 @@ def without_padding(item: Mapping[str, Any]) -> dict[str, Any]:
 def joined_texts(items: Sequence[Mapping[str, Any]]) -> Tensor:
     """Return the tokens of windows without padding, joined and cut into windows, int64 [N, L].
 
-    If the windows have no padding, the result is the windows themselves.
+    The last partial window is dropped. L is the length of the first item with its padding, or the
+    number of tokens if that is less.
 
     Args:
         items: items of a `CacheDataset` or `TextDataset`, at least one.
@@ -108,7 +109,7 @@ def joined_texts(items: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the inputs of a model's forward pass for one window: tokens and position ids, [L]."""
+    """Return the inputs of a forward pass for one window: tokens and, if present, position ids."""
     return {k: v for k, v in item.items() if k in ("input_ids", "position_ids")}
 
 
@@ -125,10 +126,8 @@ def teacher_slices(
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """Yield the slices of positions of one window, each with the teacher's logits.
 
-    Without a teacher, None is yielded instead of logits.
-
     Args:
-        teacher: the teacher.
+        teacher: the teacher; None to yield None instead of logits.
         item: window of a `CacheDataset` or `TextDataset`, without padding.
         wanted: bool [L], true for positions whose logits are computed; None for all. The logits
             have one row per wanted position of the slice.

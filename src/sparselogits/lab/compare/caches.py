@@ -1,8 +1,8 @@
 """Prepare a comparison: pack the text, load the teacher, create the students, build the caches.
 
-One pass of the teacher writes all caches. Methods with equal samplers share a cache; methods
-without cached targets read the text from a Top-1 cache. If a sampler cannot be fitted to its
-budget, only the methods that use the sampler fail.
+One pass of the teacher writes all caches. Methods with equal samplers and budgets share a cache;
+methods without cached targets read the text from a Top-1 cache. If a sampler cannot be fitted to
+its budget, only the methods that use the sampler fail.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OpenStage = Callable[..., AbstractContextManager[Update]]
 
 @contextmanager
 def silent_stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
-    """Return a stage that shows no progress; arguments are those of `console.stage`."""
+    """Yield a function that shows no progress; arguments are those of `console.stage`."""
     yield lambda *_: None
 
 
