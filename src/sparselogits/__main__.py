@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C ends it without a traceback, even while it is being imported."""
+    """Run the command line; handle Ctrl-C even while the command line is imported."""
     try:
         from sparselogits.cli import main as command_line
 

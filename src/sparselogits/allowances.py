@@ -67,6 +67,7 @@ def refuse(error: SparseLogitsError, name: str, allow: Collection[str] = ()) -> 
 
     Raises:
         SparseLogitsError: the check is not allowed to fail; the error has the type of `error`.
+        InvalidArgumentError: `allow` contains an unknown name.
     """
     require_known(allow)
     message = str(error).rstrip(". ")

@@ -27,7 +27,7 @@ from sparselogits.wording import duration, rate, significant
 class EscapingConsole(Console):
     """A rich console that escapes the control characters in all text.
 
-    Lines are wrapped on a terminal, but not in pipes and logs, because these have no width.
+    Strings are wrapped on a terminal, but not in pipes and logs, because these have no width.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """Build one or more caches from a packed corpus, with one forward pass of the teacher for all.
 
-A resumed build computes only the missing shards, because an existing shard is always complete.
+A resumed build computes only the ranges of windows whose shard is missing in at least one cache,
+because an existing shard is always complete.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class CacheRequest:
     Args:
         root: directory or URL of the cache.
         sampler: sampler of the targets.
-        budget: mean number of entries per position. The sampler's budget parameter (rounds, k or
-            tau) is fitted to it on pilot windows. None to use the sampler unchanged.
+        budget: mean number of entries per position, to which the sampler's budget parameter
+            (such as rounds, k or tau) is fitted on pilot windows; None to use the sampler's value.
         seed: random seed for sampling.
         temperature: divisor of the teacher's logits.
         exact_weights: whether to store real-valued weights as float32; see `codec_for`. None for
@@ -65,7 +66,7 @@ class BuildReport:
     Args:
         caches: open caches, one per request.
         windows_built: number of windows that were computed.
-        windows_found: number of windows in shards that existed before the build.
+        windows_found: number of requested windows that all caches contained before the build.
     """
 
     caches: list[Cache]
@@ -107,11 +108,13 @@ def build_caches(
 
     Raises:
         IdentityMismatchError: an existing cache has other settings, or was built from other text.
-        TeacherError: the teacher's loss on the text is worse than that of uniform guessing, or its
-            logits are not finite.
-        InvalidArgumentError: a budget cannot be met, the range of windows is invalid, or the kind
-            of the teacher (masked or causal) does not match `corruption`.
-        CacheError: an existing shard overlaps a range without being equal to it.
+        TeacherError: the teacher's loss on the text is clearly worse than that of uniform guessing,
+            or the logits are not finite.
+        InvalidArgumentError: a budget cannot be met, the range of windows is invalid, the teacher
+            does not support the windows, or the kind of the teacher (masked or causal) does not
+            match `corruption`.
+        CacheError: an existing shard overlaps a range without being equal to it, or an existing
+            cache is damaged.
         CorpusError: the corpus is damaged.
         StorageError: a cache cannot be reached or written.
     """
@@ -151,7 +154,7 @@ def check_request(
     windows_per_shard: int,
     objective: Masked | None = None,
 ) -> None:
-    """Validate the parts of a request that require neither the teacher nor the text.
+    """Validate a request, without teacher and text, against what exists at the cache's path.
 
     Args:
         request: the cache to build.
@@ -161,8 +164,9 @@ def check_request(
         objective: objective of a masked teacher; None for a causal teacher.
 
     Raises:
-        CacheError: the path is a file, or a folder with other content.
+        CacheError: the path is a file, a folder with other content, or a damaged cache.
         IdentityMismatchError: the existing cache has other settings.
+        StorageError: the folder or URL cannot be reached.
     """
     existing = _existing(request)
     if existing is None:
@@ -280,7 +284,7 @@ def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:
 
 
 def _codec(request: CacheRequest, sampler: Sampler, existing: Identity | None) -> dict[str, Any]:
-    """Return the codec; `exact_weights=None` selects the existing cache's, if there is one."""
+    """Return the codec; `exact_weights=None` selects the existing cache's setting, if any."""
     exact = request.exact_weights
     if exact is None:
         exact = existing is not None and "rounding" not in existing.codec

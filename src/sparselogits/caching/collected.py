@@ -1,8 +1,8 @@
 """Import Top-K logprobs from an inference server or another trainer as a cache.
 
 The result is a cache of the `topk` sampler, whose targets are biased because they lack the tail.
-The identity records that the targets were imported and that the teacher's weights, precision and
-engine are unknown, so that the cache cannot be confused with a cache of a known teacher.
+The identity records that the targets were imported and that the teacher's weights, dtype and
+quantisation are unknown, so that the cache cannot be confused with a cache of a known teacher.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def import_collected(
     `collected_rows` and `collected_forms` describe the formats of a row.
 
     The rows are concatenated and divided into windows without gaps; attention restarts at the
-    beginning of each row, as it did when the teacher was run. One row and one shard are in memory
-    at a time. The folder is created atomically, when the cache is complete.
+    beginning of each row, as it did when the teacher was run. Rows are read as a stream, and
+    written one shard at a time. The cache appears in the folder when it is complete.
 
     Args:
         data: path or pattern of JSON Lines or Parquet files, or a folder of such files.
@@ -111,9 +111,10 @@ def import_collected(
 
     Raises:
         InvalidTargetsError: a row is invalid; the message contains the file and the row.
-        CorpusError: the data cannot be read, or have too few tokens for a window.
+        CorpusError: the data cannot be read, or have too few tokens for a window; or DistillKit's
+            settings are invalid.
         RecipeError: the file with DistillKit's settings cannot be read as YAML.
-        CacheError: `out` is a URL.
+        CacheError: `out` is a URL, or a size is above the limit of the format.
         StorageError: `out` cannot be written.
         InvalidArgumentError: `out` is not empty, a size is out of range, or the vocabulary is
             smaller than the tokenizer's; or, without `window`, rows differ in length.
@@ -187,7 +188,7 @@ def import_collected(
 
 
 class _WindowCutter:
-    """Converter of a stream of rows to windows, which buffers only the unfinished window.
+    """Converter of a stream of rows to windows, which buffers the rows of one window.
 
     Args:
         length: number of tokens per window.
@@ -195,7 +196,7 @@ class _WindowCutter:
 
     Attributes:
         rows: number of rows that were read.
-        left: number of tokens that do not yet fill a window.
+        left: number of tokens that fill no window, after all rows have been read.
     """
 
     def __init__(self, length: int, *, whole_rows: bool) -> None:
@@ -260,7 +261,7 @@ def _commit_all(
 
 
 def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
-    """Return the record of a window, with lower bounds of the teacher's loss and entropy."""
+    """Return the record of a window, with loss and entropy from `_loss_and_entropy`."""
     offsets = np.append(0, np.cumsum(window.lengths))
     targets = SparseTargets(
         torch.from_numpy(window.ids),
@@ -282,9 +283,11 @@ def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
 
 
 def _loss_and_entropy(window: Collected) -> tuple[float, float]:
-    """Return lower bounds of the teacher's mean loss and entropy on a window, in nats.
+    """Return the mean loss and entropy on a window, in nats, computed from the listed entries.
 
-    The missing mass counts as one class, and as the probability of a label that is not listed.
+    The missing mass counts as one class, and as the probability of a label that is not listed, so
+    the results are lower bounds for the teacher. They are not if logits without their normaliser
+    were normalised over the listed ids.
     """
     count = len(window)
     owner = np.repeat(np.arange(count), window.lengths)
@@ -315,11 +318,13 @@ class _Row(NamedTuple):
 def _rows(
     files: Sequence[SourceFile], compression: Path | None, allow: Collection[str]
 ) -> Iterator[_Row]:
-    """Yield the rows of JSON Lines and Parquet files.
+    """Yield the rows of JSON Lines and Parquet files, converted by `plain_row`.
 
     Raises:
-        CorpusError: a file cannot be read, or has no records.
-        InvalidTargetsError: a row is invalid, or only some rows are normalised.
+        CorpusError: a file cannot be read, or has no records; or DistillKit's settings are invalid.
+        RecipeError: the file with DistillKit's settings cannot be read as YAML.
+        InvalidTargetsError: a row is invalid, only some rows are normalised, or logits are not
+            normalised and this is not allowed.
     """
     first: bool | None = None
     for file in files:

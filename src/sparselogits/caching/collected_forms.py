@@ -2,7 +2,8 @@
 
 - DistillKit: `compressed_logprobs` and `bytepacked_indices`, with settings in the file
   `compression_config.yaml` next to the data (`DistillKitPacking`).
-- Published Top-K lists: `exp_logits` and `index`, read as probabilities. A sum above 1 is rejected.
+- Published Top-K lists: `exp_logits` and `index`, read as probabilities. A sum above 1, beyond
+  rounding, is rejected.
 - MaxText: `top_k_logits` and `top_k_indices`, rejected because the normaliser is not stored. If
   "unnormalised-logits" is allowed, the logits are normalised over the K listed tokens.
 
@@ -109,7 +110,7 @@ class DistillKitPacking(_Settings):
 
     @classmethod
     def read(cls, path: Path) -> DistillKitPacking:
-        """Read settings from a YAML file. Raises RecipeError or CorpusError if they are invalid."""
+        """Read settings from a YAML file. Raises RecipeError or CorpusError for an invalid file."""
         values = read_mapping(path, "the packing")
         try:
             return cls.model_validate(values)
@@ -196,9 +197,14 @@ class DistillKitPacking(_Settings):
 def plain_row(
     values: Mapping[str, Any], where: Where, packing: DistillKitPacking | None
 ) -> Mapping[str, Any]:
-    """Convert a row to lists of ids and logprobs; return a row of any other format unchanged.
+    """Convert a row in another trainer's format to lists of ids and logprobs.
 
-    `packing` contains DistillKit's settings; None if there are none.
+    A row in none of the formats of this module is returned unchanged.
+
+    Args:
+        values: columns of the row by name.
+        where: function that returns the location of the row, for messages.
+        packing: DistillKit's settings; None if they are unknown.
 
     Raises:
         InvalidTargetsError: the row is invalid; the message contains the file and the row.
@@ -267,7 +273,7 @@ def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, A
 
 
 def has_normaliser(values: Mapping[str, Any]) -> bool:
-    """Return whether a row's columns determine its probabilities; unnormalised logits do not."""
+    """Return whether a row has no columns of logits that lack their normaliser."""
     return not all(name in values for name in _LOGITS)
 
 
@@ -300,8 +306,8 @@ def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
 def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
     """Read DistillKit's settings from the file `named`; if it is None, from the folder of the data.
 
-    The result is None if the folder has no such file. Raises RecipeError or CorpusError if the
-    settings are invalid.
+    The result is None if the folder has no such file. Raises RecipeError or CorpusError for an
+    invalid file.
     """
     path = named or folder / SETTINGS
     return DistillKitPacking.read(path) if named or path.is_file() else None

@@ -66,7 +66,7 @@ class Collected:
         return len(self.tokens)
 
     def cut(self, start: int, stop: int) -> Collected:
-        """Return copies of the tokens [start, stop) and their targets."""
+        """Return a copy of the tokens [start, stop) and their targets."""
         first, last = (int(self.lengths[:end].sum()) for end in (start, stop))
         tokens, entries = slice(start, stop), slice(first, last)
         return Collected(  # copies, because views would keep the whole arrays in memory
@@ -88,8 +88,8 @@ def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
     """Return the number K of entries per position with which a row was collected.
 
     K is the length of the longest list; for `prompt_logprobs`, the length of the shortest non-empty
-    one, because vLLM adds the actual token to the K likeliest if these lack the token. If they lack
-    it at every position of a row, the result is too large by one.
+    one, because vLLM adds the actual token to the K likeliest tokens if these lack it. If the K
+    likeliest tokens lack the actual token at every position, the result is too large by one.
 
     Raises:
         InvalidTargetsError: the row has another format, or no position has logprobs.
@@ -144,7 +144,7 @@ def _sets(
     """Return the ids, logprobs and positions of the k likeliest entries per position.
 
     The result is sorted by position and id. Raises InvalidTargetsError for repeated ids, or
-    probabilities that sum to more than one.
+    probabilities that sum to more than 1 + `MASS_TOLERANCE`.
     """
     by_id = np.lexsort((ids, owner))
     ids, logs, owner = ids[by_id], logs[by_id], owner[by_id]
@@ -166,7 +166,10 @@ def _sets(
 
 
 def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return a row's tokens, and its lists of ids and logprobs per position."""
+    """Return a row's tokens, and lists of ids and of logprobs per position.
+
+    Raises InvalidTargetsError if the row has another format.
+    """
     named = [name for name in TOKENS if name in record]
     pairs = [pair for pair in LISTS if all(name in record for name in pair)]
     shapes = [*pairs, *([(PROMPT,)] if PROMPT in record else [])]
@@ -225,7 +228,7 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
 def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
     """Convert numbers to an array, whose `dtype.kind` must be one of the characters in `kinds`.
 
-    Raises InvalidTargetsError for a value that is not a number of these kinds.
+    Raises InvalidTargetsError if the array has another kind.
     """
     if not values:
         return np.empty(0, np.int64 if kinds == "iu" else np.float64)

@@ -1,7 +1,7 @@
 """Define the job of a build, with which any worker can compute any range of windows.
 
-A job contains the text, the caches and their samplers, but not the teacher, so it can be sent to
-other machines that have access to the same folders.
+A job refers to the text and the caches, and contains the samplers, but not the teacher, so it can
+be sent to other machines that have access to the same folders.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.teacher import Engine
 
 CHECKED_SHARDS = 256
-"""Largest number of existing shards whose text is compared when a build resumes.
+"""Largest number of ranges with existing shards whose text is compared when a build resumes.
 
-If there are more shards, evenly spaced ones are compared, so that a very large build does not read
+If there are more ranges, evenly spaced ones are compared, so that a very large build does not read
 all of its text again.
 """
 
@@ -65,11 +65,11 @@ class Job:
     def missing(self, ranges: Sequence[Range]) -> list[Range]:
         """Return the ranges that at least one cache lacks, and record the text in the caches.
 
-        The text of at most `CHECKED_SHARDS` existing shards is compared first.
+        First the text of existing shards is compared, for at most `CHECKED_SHARDS` ranges.
 
         Raises:
-            CacheError: an existing shard overlaps a range without being equal to it.
-            IdentityMismatchError: a shard or a cache was built from other text.
+            CacheError: an existing shard overlaps a range without being equal to it, or is damaged.
+            IdentityMismatchError: a compared shard or a cache was built from other text.
         """
         finished = [set(cache.finished()) for cache in self.caches]
         wanted = set(ranges)
@@ -134,7 +134,7 @@ class Job:
 
 
 def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
-    """Return the values that change the low-order bits of results, for the shards' provenance."""
+    """Return the values that may change low-order bits of results, for the shards' provenance."""
     device = getattr(engine, "device", torch.device("cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     ranks = getattr(engine, "ranks", 1)  # sums over ranks have other rounding errors

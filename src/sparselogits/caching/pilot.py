@@ -25,7 +25,10 @@ from sparselogits.store.ranges import spread
 from sparselogits.teacher.engine import Engine, logits_at
 
 PILOT_POSITIONS = 1024
-"""Number of pilot positions; the mean entries estimated from them are accurate to 2 or 3 %."""
+"""Approximate number of tokens of text in the pilot windows; a single window may have more.
+
+The mean entries estimated from as many positions are accurate to 2 or 3 %.
+"""
 
 CHECKED_POSITIONS = 32
 """Number of labelled positions that suffice to measure the teacher's loss."""
@@ -37,8 +40,8 @@ NATS_WORSE_THAN_UNIFORM = 1.0
 def pilot_windows(corpus: PackedCorpus) -> list[Window]:
     """Read pilot windows, evenly spaced over the corpus.
 
-    If windows are padded, more windows are read, so that their text has about `PILOT_POSITIONS`
-    tokens.
+    If windows are padded, more windows are read, so that their text has about as many tokens as
+    windows without padding would have.
     """
     length = corpus.packing.window_length
     count = max(1, PILOT_POSITIONS // length)
@@ -50,7 +53,7 @@ def pilot_windows(corpus: PackedCorpus) -> list[Window]:
 
 
 def _spread_windows(corpus: PackedCorpus, count: int) -> list[Window]:
-    """Read windows that are evenly spaced over the corpus."""
+    """Read at most `count` windows that are evenly spaced over the corpus."""
     return [corpus.read(i, i + 1)[0] for i in spread(corpus.windows, count)]
 
 
@@ -73,8 +76,9 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     build's `reset_attention` and `corruption`.
 
     Raises:
-        TeacherError: the loss is worse than that of uniform guessing, for example because the
-            tokenizer belongs to another model, or logits are not finite.
+        TeacherError: logits are not finite, or the loss exceeds that of uniform guessing by more
+            than `NATS_WORSE_THAN_UNIFORM`, for example because the tokenizer belongs to another
+            model.
         InvalidArgumentError: the window is longer than the teacher supports, or a masked teacher
             ignores the attention mask of padded windows.
     """
@@ -143,7 +147,8 @@ def _slices(
 ) -> Iterator[PilotSlice]:
     """Yield the teacher's logits, divided by the temperature, for one slice of positions at a time.
 
-    Positions are those that a masked model predicts, or all positions for a causal model.
+    Positions are those that a masked model predicts, or all positions before the padding for a
+    causal model.
     """
     given = TeacherInput.of(window, corruption)
     text = given.inputs[: given.length]

@@ -4,7 +4,7 @@ Both tokenisations cut the same bytes. Where both have a boundary, every token t
 is a byte string that begins there, and the student's target is the distribution of the first
 student token of these byte strings. What follows a drawn token is known only if that token is the
 next token of the text: its rounds are then continued by the rounds cached at the next position,
-until the student's first token can no longer change or `followed` tokens of the text are read.
+until the student's first token can no longer change, through at most `followed` tokens of the text.
 docs/theory.md, section 10, states what is estimated, and the bias that remains.
 """
 
@@ -47,8 +47,10 @@ class Aligned:
             the teacher's cache includes.
         source: int64 [n], position of the teacher's target from which each position's target is
             computed; -1 where the tokenisations share no boundary or the teacher has no target.
-        begins: bool [n], whether the predicted token begins a document's text.
-        closed: int64 [n], index of the byte after which text cannot change the predicted token.
+        begins: bool [n], whether the predicted token begins a text that was tokenised as the
+            beginning of a document.
+        closed: int64 [n], index of the first byte of the next word, after which text cannot change
+            the predicted token; 2**60 if the window has no next word.
         ends: int64 [L], index of the byte after each teacher token.
         text_bytes: number of bytes of text in the window, without special tokens.
         left_out: number of bytes at the edges of the window that no token of the student covers.
@@ -78,7 +80,7 @@ class _Part(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """Text between two special tokens, or one special token."""
+    """Text of a document without special tokens, or one special token."""
 
     data: bytes  # empty for a special token
     at: int  # index of the first byte in the window
@@ -95,14 +97,15 @@ class Retokenizer:
     Args:
         teacher: tokenizer of the cache.
         student: tokenizer of the student.
-        special: image of each special token of the teacher: an id of the student, or the bytes that
-            it is spelled with (b"" for a token that is left out).
+        special: images of special tokens of the teacher, by id: an id of the student, or the bytes
+            with which the token is spelled (b"" for a token that is left out).
         bos_id: id of the beginning-of-text token that is inserted before each document; None if
             documents begin with one already, or the student has none.
         followed: largest number of tokens of the text through which a round is continued; 0 maps
             every drawn token without what follows it.
-        elsewhere: target of positions without a shared boundary: "text" for the token of the text
-            with all rounds, which is cross-entropy; "none" for no target and no loss.
+        elsewhere: target of positions without a shared boundary or a target of the teacher: "text"
+            for the token of the text with all rounds, which is cross-entropy; "none" for no target
+            and no loss.
         width: number of columns in the teacher's head, which may exceed the number of its tokens.
     """
 
@@ -122,7 +125,7 @@ class Retokenizer:
         """Tokenise the text of a window for the student, and find the shared boundaries.
 
         Args:
-            tokens: L tokens of the teacher.
+            tokens: L tokens of the teacher, at least one.
             document_starts: positions at which a document starts.
             present: bool [L], whether each position has a target; None if all have one.
 
@@ -229,7 +232,8 @@ class Retokenizer:
     def _parts(self, stretches: Sequence[_Stretch], last: int) -> Iterable[_Part]:
         """Yield the student's tokens of each stretch.
 
-        Invalid UTF-8 becomes byte tokens, but is omitted at the edges of the window.
+        Invalid UTF-8 becomes byte tokens if the student has them; it is omitted otherwise, and at
+        the edges of the window.
         """
         pieces = [_texts(own.data) for own in stretches]
         texts = [
@@ -267,7 +271,7 @@ class Retokenizer:
     def _complete(self, stops: _Ints, breaks: _Bools, ragged: bool) -> int:
         """Return the number of tokens to use; if `ragged`, the window may cut the last word.
 
-        Then the last word is omitted, unless it has more than `_RAGGED` bytes.
+        Then the last word is omitted, unless it is the only one or has more than `_RAGGED` bytes.
         """
         found = np.flatnonzero(breaks)
         if not ragged or not len(found) or found[-1] == 0:
@@ -293,7 +297,8 @@ class Retokenizer:
     ) -> SparseTargets:
         """Return the targets of the student's positions.
 
-        Counts remain counts: each position with a target has all rounds of the teacher.
+        If the teacher's targets have counts, the result has them too, and the counts of each
+        position with a target sum to the teacher's number of rounds.
 
         Args:
             aligned: the window's alignment.
@@ -403,7 +408,7 @@ class Retokenizer:
         return self.student.first_of(prefix + own, begins) if prefix + own else -1
 
     def images_of(self, tokens: _Ints) -> _Ints:
-        """Return the first student token of the bytes of each token; negative if there is none."""
+        """Return the student token that each drawn token alone begins with; negative for none."""
         known = self._images
         for token in np.unique(tokens[known[tokens] == _UNKNOWN]).tolist():
             known[token] = self._continued(b"", token, False)

@@ -1,6 +1,6 @@
 """Synchronise the packed texts of a cache in an object store with a local folder.
 
-Text is packed locally, because packing writes small pieces and the teacher reads windows at random.
+Text is packed locally, because packing writes small pieces, and windows are read in any order.
 The packed text is then uploaded, for evaluation and for builds that resume on other machines.
 `corpus.json` describes the text; it is uploaded first and atomically, so that a name cannot be used
 for two texts. `index.json` is uploaded last and marks a complete text.
@@ -34,16 +34,16 @@ def fetch_texts(cache: Location, work: Path | None = None) -> Path:
     """Return the local folder with the packed texts of a cache, each in a subfolder.
 
     For a URL, complete texts are downloaded if they are missing locally. A local text that differs
-    from the text at the URL is replaced.
+    from a complete text at the URL is replaced.
 
     Args:
         cache: URL of the cache, or its folder, which is returned unchanged.
-        work: folder for the texts of a URL; None for a folder in the user's cache folder.
+        work: parent of the local folders for URLs; None for a folder in the user's cache folder.
 
     Raises:
         StorageError: the object store cannot be reached.
-        CorpusError: an uploaded text is damaged, or another process is packing another text in the
-            work folder.
+        CorpusError: a text is damaged, or another process is packing another text in the local
+            folder.
     """
     if not is_url(cache):
         return Path(cache)
@@ -80,6 +80,7 @@ def publish_text(cache: Location, folder: Path) -> None:
     Raises:
         IdentityMismatchError: the cache has another text of that name.
         InvalidArgumentError: a file is a link.
+        CorpusError: `corpus.json` is damaged.
         StorageError: the object store cannot be reached.
     """
     if not is_url(cache):
@@ -119,7 +120,7 @@ def _local_files(paths: Paths) -> list[Path]:
 
 
 def _remote_description(storage: Storage, text: str) -> dict[str, Any] | None:
-    """Return the content of an uploaded text's `corpus.json`; None if there is no such text."""
+    """Return the content of an uploaded text's `corpus.json`; None if there is no such file."""
     name = f"{text}/{Paths(Path(text)).made_from.name}"
     try:
         value: dict[str, Any] = parse_json(storage.read(name))
@@ -174,7 +175,7 @@ def _has_content(storage: Storage, name: str, data: bytes) -> bool:
 
 
 def _remote_files(storage: Storage, text: str) -> list[str]:
-    """Return the names of an uploaded text's objects, index.json last; [] if that is missing."""
+    """Return the names of an uploaded text's objects, index.json last; [] without index.json."""
     files = storage.names(text)
     if "index.json" not in files:
         return []

@@ -1,8 +1,9 @@
 """Rewrite a cache for a student with another tokenizer; no model runs.
 
-Each window of the cache becomes one window with the same text, in the tokens of the student, padded
-at its end. So a target remains conditional on the text that the student reads, shards have the same
-ranges, and the hold-out consists of the same documents. `pushforward` maps the targets.
+Each window of the cache becomes one window of the same text in the tokens of the student, padded or
+cut at its end; words cut by the window's edges may be left out. So a target remains conditional on
+the text that the student reads, shards have the same ranges, and the hold-out consists of the same
+text. `pushforward` maps the targets.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def retokenize(
 ) -> RetokenizeReport:
     """Write a cache for a student whose tokenizer differs from the teacher's.
 
-    Targets exist where both tokenisations of the text have a boundary. If interrupted, call the
-    function again to continue.
+    The teacher's targets are mapped where both tokenisations of the text have a boundary. If
+    interrupted, call the function again to continue.
 
     Args:
         cache: folder or URL of the teacher's cache.
@@ -128,6 +129,8 @@ def retokenize(
         InvalidArgumentError: the tokens of a tokenizer do not determine the bytes of a text, a
             special token of the text has no counterpart, an option is invalid, or the cache lacks
             its tokenizer and `cache_tokenizer` is None.
+        TeacherError: no tokenizer can be read at a given name or folder.
+        CorpusError: a packed text in the cache's folder is damaged.
         IdentityMismatchError: `cache_tokenizer` is not the tokenizer of the cache, or `out`
             contains a cache with other settings.
         CacheError: there is no cache, the cache is empty or of a masked language model, or `out`
@@ -461,7 +464,7 @@ def _write_shards(
     tokenizer: dict[str, Any],
     progress: Progress | None,
 ) -> None:
-    """Convert and write every shard that the new cache lacks."""
+    """Write every shard that the new cache lacks, and count the tokens of all windows."""
     packing = Packing(
         target.identity.window_length,
         **{

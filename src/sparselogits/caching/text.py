@@ -3,9 +3,9 @@
     CACHE/corpus         the first text, packed
     CACHE/corpus-0001    the next text, and so on
 
-Window indices continue from one text to the next. Each text drops its last partial window, and its
-last shard may have fewer windows. Appending therefore does not change existing files, and each text
-can be built, resumed and verified separately.
+Window indices continue from one text to the next. No window or shard has tokens of two texts, and
+the last shard of a text may have fewer windows. Appending therefore does not change existing files,
+and each text can be built, resumed and verified separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sparselogits.store.ranges import Range
 from sparselogits.store.storage.location import Location, is_url
 
 _ALLOWED = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|.*\.(tmp|partial)")
-"""Pattern of the names that a folder may contain before a cache is created in it."""
+"""Pattern of the names, besides hidden ones, in a folder in which a cache can be created."""
 
 
 class TextPlace(NamedTuple):
@@ -43,8 +43,8 @@ class TextPlace(NamedTuple):
 def require_room(cache: Location) -> None:
     """Validate that a new cache can be created in a folder.
 
-    The folder may be missing, empty, or contain packed text. Raises CacheError for a file, or a
-    folder with other content; a URL is not validated.
+    The folder may be missing, empty, or contain packed text or parts of a cache. Raises CacheError
+    for a file, or a folder with other content; a URL is not validated.
     """
     if is_url(cache):
         return
@@ -180,7 +180,7 @@ def names_of_texts(cache: Location) -> dict[str, str]:
 
 
 def _folders(cache: Path) -> list[Path]:
-    """Return the folders of all of a cache's texts, in order."""
+    """Return the folders of a cache's texts, in order; the first may be missing."""
     return [cache / "corpus", *sorted(cache.glob("corpus-[0-9][0-9][0-9][0-9]"))]
 
 

@@ -1,7 +1,8 @@
 """Compute the records of a range of windows by running the teacher and sampling targets.
 
-The result does not depend on the worker or on other ranges: batches start at the first window of
-the range and do not extend beyond its end, and uniforms are keyed by seed and window.
+Up to rounding, which depends on the device, the result does not depend on the worker or on other
+ranges: batches start at the first window of the range and do not extend beyond the end of the
+range, and uniforms are keyed by seed and window.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def compute_range(
 ) -> list[list[WindowRecord]]:
     """Return the records of a range of windows, one list per draw.
 
-    One forward pass serves all draws. Arguments are those of `build_caches`, except:
+    Each forward pass serves all draws. Arguments are those of `build_caches`, except:
 
     Args:
+        windows: windows of the range, in order.
         draws: sampling settings of each cache.
         reset_attention: whether attention restarts at document starts.
         progress: called after each batch with its number of windows.

@@ -1,7 +1,7 @@
 """Encode and write shards in a thread while the teacher runs.
 
-Encoding, reading back and writing take about 20 microseconds of one core per token. One shard is
-written while the next is computed, so at most two are in memory.
+Encoding, reading back and writing take about 20 microseconds of one core per token. One range of
+windows is written while the next is computed, so the records of at most two ranges are in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Writer:
 
     An error in the thread is raised by the next `write`, or at the end of the block. If the block
     raises an exception, such as KeyboardInterrupt, the current shard is finished before the
-    exception propagates.
+    exception propagates, and an error in the thread is ignored.
 
     Args:
         caches: caches to write, in the order of the lists of records that `write` takes.
@@ -34,7 +34,9 @@ class Writer:
     def write(
         self, span: Range, records: Sequence[list[WindowRecord]], provenance: Mapping[str, Any]
     ) -> None:
-        """Wait until the previous shard is written, then start writing one; see `commit_missing`.
+        """Wait until the previous shard is written, then start to write the next.
+
+        The arguments are those of `commit_missing`.
 
         Raises:
             SparseLogitsError: the previous shard could not be written; see `Cache.commit`.

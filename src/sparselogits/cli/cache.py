@@ -354,7 +354,7 @@ def _require_objective(objective: ObjectiveName | None, masks: bool) -> None:
 
 
 class CacheCommand(TyperCommand):
-    """Command with one option per field that the installed samplers declare.
+    """Command with additional options: `--sampler`, and one per field that a sampler declares.
 
     The options are created when the command is parsed or its help is shown, because creating them
     imports the samplers of other packages.
@@ -427,7 +427,7 @@ def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> tuple[
 
 
 def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, float | None]:
-    """Return the sampler, and the budget to fit it to; None if options give the sampler's size."""
+    """Return the sampler, and the budget to fit the sampler to; None for no budget."""
     from sparselogits.samplers import choose, samplers
 
     kind = samplers()[given["sampler"]]
@@ -459,7 +459,7 @@ def _dashed(field: str) -> str:
 
 
 def _window_range(text: str | None) -> tuple[int, int] | None:
-    """Parse `--windows` into the first window and the window after the last."""
+    """Parse `--windows` into the first window and the window after the last; None for None."""
     if text is None:
         return None
     first, colon, stop = text.partition(":")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparselogits.lab.compare.results import MetricEstimate
 
 WIDTH = 132
-"""Width of a table in characters when the output is not a terminal."""
+"""Minimum width of the output in characters if it is not a terminal."""
 
 
 def compare(
@@ -147,5 +147,5 @@ def _cells(row: MethodRow, columns: Sequence[_Column]) -> list[str]:
 
 
 def _angle(row: MethodRow) -> str:
-    """Format the angle between a method's gradient and full KD's gradient, in degrees."""
+    """Format the angle between a method's gradient and full KD's at the largest batch size."""
     return "-" if row.gradient is None else f"{row.gradient.sizes[-1].angle.mean:.1f}"

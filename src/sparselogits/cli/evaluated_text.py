@@ -54,12 +54,12 @@ def text_to_evaluate(
     """Yield the windows to evaluate on.
 
     Args:
-        student: name of the student, whose configuration gives the vocabulary size.
-        cache: cache whose packing settings are used; None for the defaults.
+        student: name of the student.
+        cache: cache whose packing settings and objective are used; None for the defaults.
         packed: folder of packed text whose held-out windows are used if `other` is None.
         other: text to pack into a temporary folder; None to use `packed`.
         tokenizer: tokenizer for `other`, and for a cache of a masked language model.
-        limit: maximum number of windows.
+        limit: maximum number of windows; None for all.
         draft: draft vocabulary of the student; None for all ids.
     """
     from sparselogits.corpus import PackedCorpus, open_source, pack

@@ -2,8 +2,8 @@
 
 Exit codes: 0 success, 2 an error that the message explains, 130 interrupted, 1 a bug in this
 package. The traceback of a bug is written to a file, because the run may have been long and the
-traceback may quote text of unknown origin. The option `--debug`, anywhere on the command line,
-prints the traceback of any error.
+traceback may quote text of unknown origin. The option `--debug`, anywhere before `--` on the
+command line, prints the traceback of an exception.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _NEXT_STEPS = {
 
 
 def run_and_exit(command_line: Callable[..., Any]) -> NoReturn:
-    """Run a command line, print how it ended, and exit with the code for that outcome."""
+    """Run a command line, print a message unless it succeeds, and exit with the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # an output encoding without ± or arrows prints question marks instead
         sys.stdout.reconfigure(errors="replace")
@@ -130,7 +130,7 @@ def _report_of(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is torch's for memory that cannot be allocated."""
+    """Return whether torch raised an error because it could not allocate memory."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True

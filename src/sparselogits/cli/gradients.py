@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from sparselogits.teacher import Engine
 
 PILOT_WINDOWS = 4
-"""Number of windows on which samplers are fitted to the budget."""
+"""Largest number of windows on which samplers are fitted to the budget."""
 
 PILOT_STRIDE = 4
-"""Distance between two positions of a pilot window that are used, if the input is not corrupted."""
+"""Number of labelled positions of a pilot window per used one, unless the input is corrupted."""
 
 
 Rule = StrEnum("Rule", ["drop", "renormalise", "smooth", "ghost", "ground_truth"])
@@ -205,7 +205,7 @@ def gradients(
 
 
 def _require_students(names: Sequence[str]) -> None:
-    """Check that the students exist and that their folder names, which label results, differ."""
+    """Check that students given as paths exist, and that the last parts of the names differ."""
     from sparselogits.teacher.loading import locate_model
 
     for name in names:
@@ -239,7 +239,7 @@ class _Pilot(NamedTuple):
 
     Args:
         tokens: input of the window, int64 [L].
-        positions: positions that have a label, int64 [P].
+        positions: used positions, each of which has a label, int64 [P].
         logits: logits of the teacher at these positions, float32 [P, V].
     """
 
@@ -270,7 +270,10 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[_Pilot]:
 
 
 def _adaptive(student: str, pilot: Sequence[_Pilot], budget: float) -> Sampler:
-    """Create an adaptive sampler that draws as many rounds as the default one at a mean signal."""
+    """Create an adaptive sampler whose rounds at the mean signal are those of the default sampler.
+
+    The default sampler is fitted to the budget, and the signal averaged, on the pilot windows.
+    """
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [own.logits for own in pilot], budget).rounds
@@ -287,7 +290,7 @@ def _adaptive(student: str, pilot: Sequence[_Pilot], budget: float) -> Sampler:
 def _conditions(
     data: str, fingerprint: str, engine: Engine, learners: dict[str, nn.Module]
 ) -> dict[str, Any]:
-    """Return the inputs that determine the results: teacher, text, students, torch version."""
+    """Describe teacher, text, students and torch version, for the conditions of the results."""
     import torch
 
     from sparselogits.teacher.loading import module_fingerprint

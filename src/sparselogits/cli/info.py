@@ -97,7 +97,11 @@ def info(
 def _by_label(
     root: str, field: str, data: str, split: str, tokenizer: str | None, sampled: int
 ) -> dict[str | None, LabelStatistics]:
-    """Return statistics of a sample of a cache by a field of its text, most tokens first."""
+    """Return statistics of a sample of a cache by a field of the records of `data`.
+
+    The dict is sorted by number of tokens, largest first. Only windows of one text are counted: the
+    first text of the cache that matches `data`.
+    """
     from sparselogits.caching import fetch_texts, opened_texts
     from sparselogits.corpus.labels import DocumentLabels
     from sparselogits.store import Cache, sampled_windows, statistics_by_label
@@ -289,7 +293,7 @@ def _print_labels(console: Console, labels: Mapping[str | None, LabelStatistics]
 
 
 def _one_line(text: str) -> str:
-    """Return a label as one line of printable characters; an empty one in quotes."""
+    """Return a label as one line of printable characters; two quotes for an empty label."""
     return printable(text, 40).replace("\n", "\\n").replace("\t", "\\t") or '""'
 
 

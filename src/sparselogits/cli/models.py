@@ -54,7 +54,7 @@ def load_cache_teacher(
 def shares_of_teachers(
     teachers: Sequence[str], caches: Sequence[str], weights: Sequence[float] | str | None
 ) -> list[float]:
-    """Validate `--weights` against the teachers and caches; return the weight of each teacher."""
+    """Validate `--weights` against teachers and caches; return one weight per teacher, if any."""
     from sparselogits.teacher.mixture import require_shares
 
     if weights is not None and max(len(teachers), len(caches)) < 2:

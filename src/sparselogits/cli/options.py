@@ -238,7 +238,6 @@ def masked_objective(
 
     Args:
         tokenizer: the teacher's tokenizer.
-        windows: number of windows in the cache; the batch is no larger.
         masked: whether the teacher is a masked language model.
         rate: value of `--mask-rate`: a number or "random"; None if it is not given.
         units: value of `--mask-units`.
@@ -283,7 +282,7 @@ def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
 
 
 def print_next(*words: object, otherwise: str = "") -> None:
-    """Print the arguments of the next `sparselogits` command, or `otherwise`, on standard error."""
+    """Print the next `sparselogits` command, or the text `otherwise`, on standard error."""
     command = shlex.join(["sparselogits", *map(str, words)]) if words else otherwise
     messages.print(f"Next: {command}", soft_wrap=True)
 

@@ -24,8 +24,9 @@ class BuildRole:
 
     Args:
         device: device on which this process runs the teacher.
-        share: share of the window ranges that this process computes.
-        workers: Ray actors that compute instead of this process; None without Ray.
+        share: share of the window ranges that this process, or its Ray actors, compute.
+        workers: number and resources of the Ray actors that compute instead of this process; None
+            without Ray.
         rank: rank among the processes that run one teacher by tensor parallelism; None if each
             process runs a complete teacher.
     """
@@ -37,7 +38,7 @@ class BuildRole:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process packs the text, creates the cache and prints the result."""
+        """Whether this process, if it does not follow, packs the text and creates the cache."""
         return self.share.index == 0
 
     @property
@@ -124,11 +125,13 @@ def build_role(
     """Determine the role of this process, and set its number of PyTorch threads.
 
     The arguments are the values of the options of `sparselogits cache`; `split` states whether
-    `--tp-plan` is given, so that the ranks of torchrun run one teacher by tensor parallelism.
+    `--tp-plan` is given, so that the ranks of torchrun run one teacher by tensor parallelism. If
+    `threads` is None, the ranks on a machine divide the processor cores, and without ranks the
+    number of threads is not changed.
 
     Raises:
-        InvalidArgumentError: an option belongs to another executor, or the environment defines no
-            ranks.
+        InvalidArgumentError: an option belongs to another executor, the environment defines no
+            ranks, or the device is not available.
         MissingDependencyError: Ray is not installed.
     """
     import torch

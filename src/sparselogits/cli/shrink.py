@@ -173,7 +173,7 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
 def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     """Return the tokens of at most `count` windows spread over a cache, int64 [N, L].
 
-    Padding is removed and the rest is joined, so N is less than `count` if windows are padded.
+    If windows are padded, their text is joined without the padding, so N or L may be smaller.
     """
     from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset

@@ -1,8 +1,8 @@
 """Run a build on a Ray cluster: each actor loads a teacher and computes one range at a time.
 
-The calling process keeps the list of ranges and sends the next range to each idle actor. If the
-cluster lacks resources for some actors, they start when machines join. An actor that dies is
-replaced, and its range is computed again.
+The calling process sends the next range to each idle actor. If the cluster lacks resources for some
+actors, they start when machines join. If an actor dies, the range is computed again, if necessary
+by a new actor.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def build_caches_on_ray(
     *,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build the missing ranges on the Ray cluster of `RAY_ADDRESS`, or on this machine.
+    """Build the missing ranges on the Ray cluster to which `connect` connects.
 
     Args:
         load: function that loads the teacher in each actor. The function and the job are pickled;
@@ -83,13 +83,15 @@ def build_caches_on_ray(
         job: the build, from `begin_job`.
         ranges: ranges of windows to build.
         workers: number and resources of the actors.
-        progress: called after each range with the numbers of windows done and in total; not called
-            if no range is missing.
+        progress: called at least after each range, with the numbers of windows done and in total;
+            not called if no range is missing.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        CacheError: `TRIES` actors died on the same range, or while loading the teacher.
-        SparseLogitsError: an actor raised an error; if a StorageError, for the `TRIES`th time.
+        IdentityMismatchError: a cache was built from other text.
+        CacheError: an existing shard overlaps a range without being equal to it; or an actor died,
+            and this was failure number `TRIES` on the same range or while loading the teacher.
+        Exception: an actor raised this error; a StorageError is raised at failure number `TRIES`.
     """
     ray = connect()
     missing = job.missing(ranges)
@@ -162,8 +164,9 @@ class _Actors:
             span: range of windows that the call computes, or READY.
 
         Raises:
-            CacheError: `TRIES` actors died.
-            SparseLogitsError: the call raised an error; if a StorageError, for the `TRIES`th time.
+            CacheError: the actor died, and this was failure number `TRIES`.
+            Exception: the call raised this error; a StorageError is raised at failure number
+                `TRIES`.
         """
         errors = self._ray.exceptions
         try:
@@ -195,7 +198,10 @@ class _Actors:
 
 
 def connect() -> Any:
-    """Connect to the Ray cluster of `RAY_ADDRESS`, or to a new local one; return the ray module.
+    """Connect to a Ray cluster, unless this process is connected already; return the ray module.
+
+    The cluster is that of `RAY_ADDRESS`, otherwise one started on this machine, otherwise a new
+    local one.
 
     Raises:
         MissingDependencyError: Ray is not installed.

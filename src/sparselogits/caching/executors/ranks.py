@@ -38,7 +38,7 @@ class Rank:
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank:
-    """Return the rank of this process under torchrun or srun, possibly within a Slurm array.
+    """Return the rank of this process under torchrun or srun, in a Slurm array, or in both.
 
     The rank is read from `RANK` and `WORLD_SIZE` (torchrun, with `LOCAL_RANK` and
     `LOCAL_WORLD_SIZE`), or from `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS` (srun; `SLURM_NTASKS` is
