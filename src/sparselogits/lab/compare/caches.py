@@ -83,12 +83,12 @@ class Draw:
 
     @property
     def fit_key(self) -> str:
-        """Key of the fitted sampler; equal for the caches of all seeds."""
+        """Key of the fitted sampler, which does not depend on the seed."""
         return replace(self, seed=None).key
 
     @property
     def key(self) -> str:
-        """Name of the cache's folder, readable and unique."""
+        """Name of the cache's folder: the settings in words, and the first digits of their hash."""
         described = {**self.parameters, "budget": self.budget}
         if self.seed is not None:
             described["draw"] = self.seed
@@ -152,7 +152,7 @@ def prepare(
 
     Raises:
         SparseLogitsError: If the teacher, the text or a student cannot be used, or the directory
-            contains a comparison with another teacher or text.
+            contains text or caches with other settings.
     """
     source = open_source(
         recipe.data,

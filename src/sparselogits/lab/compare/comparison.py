@@ -2,7 +2,7 @@
 
     OUT/
       corpus/         training and held-out windows, packed
-      caches/         one cache per sampler (and seed, with vary_draws)
+      caches/         caches, see `Draw` in caches.py
       students/       students made from the teacher, see students.py
       tasks/          data of zero-shot tasks, see tasks.py
       runs/           trained students, see runs.py
@@ -99,8 +99,9 @@ def compare(
 
     Raises:
         SparseLogitsError: If the teacher, the text or a student cannot be used, the directory
-            contains a model or another comparison, or lm-eval is needed but not installed. The
-            failure of a run, a task or a measurement of gradients is recorded in the results.
+            contains a model, or text or caches with other settings, or lm-eval is needed but not
+            installed. The failure of a run, a task or a measurement of gradients is recorded in
+            the results.
     """
     if (recipe.out / "config.json").exists():
         raise InvalidArgumentError(
@@ -188,7 +189,7 @@ def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> d
 
 
 def _parameters(runs: Sequence[Run], student: str) -> int | None:
-    """Return a student's number of parameters, read from a weights file; None without a file."""
+    """Return a student's number of parameters, read from a run's model.safetensors, or None."""
     for run in runs:
         if run.outcome is None or run.planned.student != student or run.planned.folder is None:
             continue

@@ -1,12 +1,13 @@
 """Store the finished work of a comparison as JSON values, each by the fingerprint of its inputs.
 
     OUT/finished/KIND/KEY.json    {"value": ...}, or {"failure": reason} after a failed attempt
-    OUT/finished/KIND/KEY.lock    locked while a process computes the value
+    OUT/finished/runs/KEY.lock    locked while a process trains the run or scores its student
 
-KIND is one of samplers, teacher, runs, gradients and tasks. KEY is the fingerprint of all inputs
-that determine the value, so a value never changes and is read once per process. If a recipe is
-extended, or processes share a directory, no value is computed twice and no outdated value is used.
-The preparation of a comparison and all of its gradients have one lock each, `all.lock`.
+KIND is one of samplers, teacher, runs, gradients and tasks. KEY is the fingerprint of the inputs
+that determine the value, so a stored value does not change, and a process reads it once. If a
+recipe is extended, the values that the new recipe shares with the old one are not computed again.
+The preparation of a comparison and all of its gradients have one lock each, `prepare/all.lock` and
+`gradients/all.lock`.
 """
 
 from __future__ import annotations

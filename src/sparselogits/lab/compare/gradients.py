@@ -4,9 +4,9 @@ The measured targets are those of training, including thinning, the missing-mass
 alpha of the labels; CE has the labels as targets. Methods with equal targets share a measurement.
 Methods without cached targets, except CE, and methods with a thinning schedule are not measured.
 
-The gradients of all methods are those of one trained student. While another process is training
-that student, nothing is measured, because the other process measures when its runs are done. One
-process measures at a time; others wait.
+For each student of the recipe, the gradients of all methods are measured on the model of one run.
+While another process is training that model, nothing is measured, because the other process
+measures when its runs are done. One process measures at a time; others wait.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _planned_measurements(
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """Return the first run that has not failed, CE's first; None if that run is unfinished."""
+    """Return the first run that has not failed, CE's first; None if it is unfinished or missing."""
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
     of_all = [r for m in recipe.methods for r in runs if r.planned.method.title == m.title]
     for run in (*of_ce, *of_all):
@@ -137,7 +137,7 @@ def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
 
 
 def _has_constant_target(method: MethodSpec) -> bool:
-    """Return whether a method trains on labels, or on cached targets without a schedule."""
+    """Return whether a method trains on labels alone, or on cached targets without a schedule."""
     if method.sampler is None:
         return method.method == "ce"
     return method.thinning is None or method.thinning.schedule is None

@@ -27,7 +27,7 @@ def convert_older_work(out: Path, work: FinishedWork) -> None:
 
 
 def _older(out: Path) -> Iterator[tuple[str, str, Any]]:
-    """Yield the kind, fingerprint and value of each result that an earlier version computed."""
+    """Yield the kind, fingerprint and value of readable results of an earlier version."""
     draws = _read(out / "draws.json")
     for draw, sampler in draws.get("parameters", {}).items():
         yield "samplers", fingerprint([draws["teacher"], draw]), sampler

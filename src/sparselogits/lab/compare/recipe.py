@@ -187,8 +187,8 @@ class MethodSpec(_Strict):
 class FromTeacher(_Strict):
     """Student that is created from the teacher's weights by pruning or quantisation.
 
-    The sizes are those after pruning, as in `sparselogits shrink`; a size that is absent is the
-    teacher's.
+    The sizes are those after pruning, as in `sparselogits shrink`; an absent size is the teacher's,
+    except that `drop_layers` determines the number of blocks.
     """
 
     origin: Literal["teacher"] = Field(alias="from", description="always `teacher`")
@@ -222,7 +222,7 @@ class FromTeacher(_Strict):
 
     @property
     def pruned(self) -> bool:
-        """Whether the student is pruned, that is, whether a size is given."""
+        """Whether the student is pruned, that is, whether a size or `drop_layers` is given."""
         sizes = (self.layers, self.drop_layers, self.intermediate_size, self.heads)
         return any(size is not None for size in (*sizes, self.hidden_size))
 
@@ -258,7 +258,7 @@ class TaskNames(_Strict):
 
 
 class Training(TrainingSettings):
-    """Training settings of all students."""
+    """Training settings of all students; a method may have another learning rate."""
 
     set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out", "seed": "seeds"}
 
@@ -397,7 +397,7 @@ class CompareRecipe(_Strict):
 
     @property
     def masking(self) -> dict[str, Any]:
-        """Settings of the masked objective that the recipe gives, by their keys."""
+        """Settings of the masked objective that are given in the recipe, by key."""
         names = ("mask_rate", "mask_units", "mask_span")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -412,7 +412,7 @@ def load_compare_recipe(path: Path, **overrides: Any) -> CompareRecipe:
         overrides: values that replace those of the file, by key; None leaves the file's value.
 
     Raises:
-        RecipeError: If the recipe cannot be read or is invalid; the message lists the wrong keys.
+        RecipeError: If the recipe cannot be read or is invalid.
     """
     return parse_compare_recipe(read_yaml(path, overrides), source=str(path))
 
@@ -425,7 +425,7 @@ def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecip
         source: origin of the values, for error messages.
 
     Raises:
-        RecipeError: If the recipe is invalid; the message lists the wrong keys.
+        RecipeError: If the recipe is invalid; the message lists what is wrong.
     """
     methods = values.get("methods")
     if isinstance(methods, list):
@@ -434,7 +434,7 @@ def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecip
 
 
 def expanded(method: Any) -> list[Any]:
-    """Expand a method of a recipe whose values are lists into one method per combination."""
+    """Return the methods that an item of `methods` defines, one per combination of list items."""
     if isinstance(method, str):
         return [{"method": method}]
     if not isinstance(method, dict):
@@ -460,7 +460,7 @@ _FIELDS = {
 
 
 def slug(text: str) -> str:
-    """Convert a name to lower-case letters, digits, dots and hyphens, for file names."""
+    """Convert a name to lower-case ASCII letters, digits, dots and hyphens, for file names."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 

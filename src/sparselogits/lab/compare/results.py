@@ -2,7 +2,8 @@
 
 The classes are the schema of results.json. `runs` contains the metrics of each run, and `methods`
 the metrics of each method over its seeds, with intervals. The per-window sums from which the
-intervals are computed are in windows.npz (windows.py) and in `finished/runs` (finished.py).
+intervals of `figures`, `minus_ce`, `gap_closed` and `recovered` are computed are in windows.npz
+(windows.py) and in `finished/runs` (finished.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class _Value(BaseModel):
 
 
 class Ends(_Value):
-    """Ends of a 95 % interval; None with too few values, or if no finite interval exists."""
+    """Ends of a 95 % interval; None if no finite interval can be computed."""
 
     low: float | None
     high: float | None
@@ -105,7 +106,8 @@ class GradientSize(_Value):
 class Gradient(_Value):
     """Comparison between the gradient of a method's targets and that of full distillation.
 
-    The gradients of all methods are measured on the same trained student (docs/compare.md).
+    For each student, the gradients of all methods are measured on the model of the same run
+    (docs/compare.md).
     """
 
     student_method: str = Field(description="method by which the measured student was trained")
@@ -121,7 +123,7 @@ class Gradient(_Value):
 
 
 class MethodRow(_Value):
-    """Results of a method for one student, over all seeds."""
+    """Results of a method for one student, over the finished seeds."""
 
     method: str = Field(description="title of the method")
     student: str = Field(description="name of the student")

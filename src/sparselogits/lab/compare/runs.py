@@ -1,12 +1,12 @@
 """Train and measure the students of a comparison, one per run.
 
-    OUT/runs/METHOD--STUDENT--SEED--FINGERPRINT/    the student, see train/run.py
-    OUT/finished/runs/FINGERPRINT.json              outcome of the run, see finished.py
+    OUT/runs/METHOD--STUDENT--SEED--KEY/    the student, see train/run.py
+    OUT/finished/runs/FINGERPRINT.json      outcome of the run, see finished.py
 
-The fingerprint covers all inputs that determine the metrics of a run: identity of the cache, text,
-method, student, training settings, seed and held-out windows. A finished run is not repeated when
-other settings of the recipe change. Processes may share a directory; each skips runs that another
-process is training.
+The fingerprint covers identity of the cache, text, method, student, training settings, seed,
+held-out windows and drafting, but not the device; KEY is the first eight digits of the fingerprint.
+A finished run is not repeated when other settings of the recipe change. Processes may share a
+directory; each skips runs that another process is training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Planned:
         student: name of the student.
         seed: random seed for initial weights and the order of windows.
         folder: folder of the run; None if the cache of the run could not be built.
-        fingerprint: fingerprint of all inputs that determine the metrics; empty without a cache.
+        fingerprint: fingerprint of the run, see the module's docstring; empty without a cache.
         why_not: reason why the cache could not be built; None if it was built.
     """
 
@@ -69,12 +69,13 @@ class Outcome:
         fingerprint: fingerprint of the run, see `Planned`.
         figures: metrics by name.
         sums: sums per window by the names in `METRICS`, [W, C] as lists, see `HeldOut.sums`.
-        reliability: bins of a reliability diagram, `equal_width` and `equal_mass`.
+        reliability: bins of two reliability diagrams, by `equal_width` and `equal_mass`.
         drafting: result of `Drafting.to_json`; None if drafting was not measured.
         curve: pairs of step and training cross-entropy to the labels, in nats.
-        entries: mean entries per position used in training; None without cached targets.
+        entries: mean entries per position of the cache, or at the last log line if thinned; None
+            without cached targets.
         steps: number of optimiser steps.
-        tokens: number of tokens that the student was trained on.
+        tokens: number of steps times tokens per step, with padding.
         seconds: wall time of training in seconds; None if training was resumed.
         cpu_seconds: processor time of creating and training the student, all threads, in seconds;
             None if training was resumed.
@@ -141,7 +142,7 @@ def outcome_of(planned: Planned, work: FinishedWork) -> Outcome | None:
 
 
 def failure_of(planned: Planned, work: FinishedWork) -> str | None:
-    """Return the reason why the last attempt of a run failed, or None."""
+    """Return why a run's cache was not built, or why the run's last attempt failed, or None."""
     return planned.why_not or work.failure("runs", planned.fingerprint)
 
 

@@ -2,8 +2,8 @@
 
 OUT/students/NAME-FINGERPRINT/    a pruned student before training; every method starts from it
 
-New students of a masked teacher are models of the teacher's class. Their folder contains only a
-configuration, which is the teacher's with other sizes.
+New students of a masked teacher are models of the teacher's class, unless the recipe gives a
+`config`. The folder of a new student contains only the teacher's configuration with other sizes.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ def make_students(
 def require_students_fit(
     recipe: CompareRecipe, students: Mapping[str, Student], corpus: PackedCorpus, teacher: Any
 ) -> None:
-    """Check, without weights, that new students can be created and that a cosine loss fits all.
+    """Check, without weights, that new students can be created and that a cosine loss fits.
 
-    A cosine loss needs students with the teacher's hidden size.
+    A cosine loss needs students with the teacher's hidden size. Students that cannot be checked
+    without weights, such as adapters and GGUF files, are skipped.
 
     Args:
         recipe: the comparison.
@@ -88,7 +89,8 @@ def require_students_fit(
         teacher: the teacher's model.
 
     Raises:
-        RecipeError: If a student cannot be created, or has another hidden size.
+        RecipeError: If a new student cannot be created, or a student has another hidden size than
+            a cosine loss needs.
     """
     cosine = next((method.title for method in recipe.methods if method.cosine), None)
     for name, student in students.items():
@@ -132,7 +134,7 @@ def _pruned(
     tokenizer: object,
     corruption: Corruption | None,
 ) -> Path:
-    """Create a student by pruning the teacher, unless its folder exists; return the folder."""
+    """Create a student by pruning the teacher, unless the student exists; return the folder."""
     inputs = {
         "student": student.model_dump(mode="json", exclude={"quantize"}),
         "teacher": teacher.identity["weights"],
@@ -164,10 +166,11 @@ def _pruned(
 def _with_sizes(
     name: str, student: Student, recipe: CompareRecipe, teacher: TransformersTeacher
 ) -> Path:
-    """Write the teacher's configuration with a new student's sizes; return its folder.
+    """Write the teacher's configuration with a new student's sizes; return the folder.
 
-    Unless the student's settings have an `intermediate_size`, the ratio of intermediate size to
-    hidden size is that of the teacher.
+    An existing configuration is not written again. Unless the student's settings have an
+    `intermediate_size`, the ratio of intermediate size to hidden size is that of the teacher, up to
+    rounding.
     """
     inputs = {
         "student": student.model_dump(mode="json", exclude={"quantize"}),
@@ -206,5 +209,5 @@ def _with_sizes(
 
 
 def _folder(name: str, recipe: CompareRecipe, inputs: dict[str, Any]) -> Path:
-    """Return the folder of a student, named after the fingerprint of its inputs."""
+    """Return the folder of a student, named after the student and a fingerprint of `inputs`."""
     return recipe.out / "students" / f"{slug(name)}-{fingerprint(inputs)[:8]}"

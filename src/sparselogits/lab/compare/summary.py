@@ -100,8 +100,8 @@ class References:
     """Titles of the methods with which other methods are compared.
 
     Args:
-        ce: title of CE; None if the recipe does not have the method.
-        full: title of full KD, or None.
+        ce: title of the first CE without `alpha`; None if there is none.
+        full: title of the first full KD without `alpha`, or None.
         untrained: title of the student before training, or None.
     """
 
@@ -286,7 +286,7 @@ def metrics_of(
 
 
 def _units(name: str, by_seed: Sequence[tuple[WindowSums, ...]]) -> Tensor:
-    """Return the sums of a metric, float64 [S, W, C], concatenated over the models of a seed."""
+    """Return the sums of a metric, float64 [S, W, C], the models of a seed concatenated along C."""
     return torch.stack(
         [
             torch.cat([torch.as_tensor(model[name], dtype=torch.float64) for model in models], 1)
@@ -301,7 +301,7 @@ def _closed_share(
     """Compute the percentage of the gap between two models that a method closes.
 
     `by_seed` has the sums of the method, of the model at 0 %, and of that at 100 %. The result is
-    None if the gap is not distinguishable from zero.
+    None without seeds, or if the gap or the lower end of its interval is not positive.
     """
     if not by_seed:
         return None
@@ -357,7 +357,7 @@ def _weighted_mean(bins: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def _realised(outcomes: Sequence[Outcome]) -> Realised | None:
-    """Sum the results of drafting over several runs; None if no run has such results."""
+    """Combine the results of drafting of several runs; None if no run has such results."""
     drafted = [outcome.drafting for outcome in outcomes if outcome.drafting is not None]
     if not drafted:
         return None

@@ -50,10 +50,10 @@ class TaskSetting:
 
     Args:
         names: names of all tasks.
-        digests: fingerprints of all inputs of a task except the model, by name of the task; tasks
-            without data are left out.
+        digests: fingerprints of the tasks and their settings, by name of the task; tasks in
+            `failed` are left out.
         failed: reasons why tasks have no data, by name of the task.
-        folder: folder of the data.
+        folder: folder of the local tasks' data.
         limit: largest number of samples per task.
         tokenizer: tokenizer of the teacher.
         first_id: id of the token that precedes a text without context.
@@ -81,7 +81,7 @@ class TaskSetting:
         return fingerprint([self.digests[name], model])
 
     def missing(self, model: str) -> list[str]:
-        """Return the names of the tasks for which a model (see `key`) has no stored scores."""
+        """Return the names of the tasks that have data but no scores of a model (see `key`)."""
         value = self.work.value
         return [name for name in self.digests if value("tasks", self.key(name, model)) is None]
 
@@ -244,6 +244,8 @@ def task_estimates(
     seeds: Sequence[Mapping[str, TaskScore]], resamples: int
 ) -> dict[str, MetricEstimate]:
     """Compute the mean of each score over seeds, with intervals over samples, seeds and both.
+
+    A score without a standard error has only the interval over seeds.
 
     Args:
         seeds: scores of each seed, by TASK/METRIC; a score that any seed lacks is omitted.

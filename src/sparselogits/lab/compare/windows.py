@@ -2,11 +2,12 @@
 
     python -m sparselogits.lab.compare.windows RESULTS.json WINDOWS.npz
 
-The command recomputes the metrics of every method and their intervals, and reports those that
-differ from RESULTS.json. WINDOWS.npz is a compressed archive of NumPy arrays:
+The command recomputes `figures`, `minus_ce`, `gap_closed` and `recovered` of each method, with
+intervals, and reports those that differ from RESULTS.json. WINDOWS.npz is a compressed archive of
+NumPy arrays, with R finished runs:
 
     runs             int64 [R, 3]: indices of method and student in `names`, and the seed
-    names            titles of all methods and names of all students
+    names            titles of the methods and names of the students of these runs
     loss, kl, ...    float32 [R, W, C], see `HeldOut.sums`
 """
 
@@ -28,7 +29,10 @@ from sparselogits.lab.compare.results import MethodRow, MetricEstimate, Results,
 from sparselogits.lab.compare.summary import References, RunKey, WindowSums, metrics_of
 
 TOLERANCE = 1e-4
-"""Largest relative difference that rounding (float32 sums, six-digit results) can cause."""
+"""Largest difference, relative to the largest number of an estimate, that is taken as rounding.
+
+Sums are rounded to float32, and results to six digits.
+"""
 
 
 def pack_windows(sums: Mapping[RunKey, WindowSums]) -> bytes:
@@ -52,7 +56,7 @@ def windows_of(out: Path) -> bytes:
         out: directory of the comparison, with `results.json`; the comparison may be unfinished.
 
     Raises:
-        CacheError: If the directory contains no results, or the outcome of a run is missing.
+        CacheError: If the results, or the per-window sums of a finished run, cannot be read.
     """
     sums = {}
     for run in read_results(out).runs:
@@ -101,10 +105,10 @@ def differences(results: Results, sums: Mapping[RunKey, WindowSums]) -> list[str
 
     Args:
         results: stored results.
-        sums: per-window sums of all runs.
+        sums: per-window sums of all finished runs.
 
     Returns:
-        A line for each metric that differs.
+        A line for each metric that differs by more than `TOLERANCE`.
     """
     recipe = results.settings["recipe"]
     found = []

@@ -10,7 +10,7 @@ The demo is a comparison (lab/compare/comparison.py lists its files), to which t
       demo.json, demo.html      results with the samples, and the page
       window-0.html             page that shows the first window of the cache
 
-An interrupted demo is resumed by the same command; finished work is not repeated.
+An interrupted demo is resumed by the same command; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Scale:
     """Amount of text and size of the student, which determine the duration of the demo.
 
     Args:
-        characters: length of the text in characters, about four per token.
+        characters: least number of characters of text, about four per token.
         heldout_windows: number of windows for evaluation.
         window: number of tokens per window.
         layers: number of transformer blocks in the student.
@@ -137,7 +137,7 @@ class DemoResult:
 
     @property
     def talk(self) -> str:
-        """Shell command that asks the student a question, without additional packages."""
+        """Shell command that reads a question and prints the student's answer."""
         return talk_command(self.student)
 
     def to_json(self) -> dict[str, Any]:
@@ -158,6 +158,7 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
     Raises:
         MissingDependencyError: If packages are missing; the message lists all of them.
         TrainingError: If the run of a method failed, or another process is training it.
+        SparseLogitsError: If the comparison cannot be run in the folder.
     """
     require_demo()
     started = time.perf_counter()
@@ -218,7 +219,7 @@ def demo_recipe(out: Path, text: DemoText, scale: Scale) -> CompareRecipe:
 
 
 def talk_command(student: Path) -> str:
-    """Return a shell command that asks a student a question and prints the answer."""
+    """Return a shell command that reads a question and prints a student's answer."""
     found = shutil.which("python")
     same = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
     code = (
@@ -232,7 +233,7 @@ def talk_command(student: Path) -> str:
 
 
 def _save_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
-    """Write the student of a run in bfloat16, with tokenizer, to OUT/student; return the folder."""
+    """Write a run's student in bfloat16, with tokenizer, to OUT/student; return the folder."""
     folder, origin = out / "student", f"run: {run.folder}\n"
     if (folder / "from.txt").exists() and (folder / "from.txt").read_text() == origin:
         return folder

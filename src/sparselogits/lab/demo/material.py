@@ -31,7 +31,7 @@ class DemoText:
 
 
 def demo_text(out: Path, characters: int) -> DemoText:
-    """Write at least `characters` characters of CPython's language reference, in whole pages."""
+    """Write pages of CPython's language reference with at least `characters` characters, or all."""
     from pydoc_data.topics import topics
 
     lines, written = [], 0
@@ -53,5 +53,5 @@ def demo_text(out: Path, characters: int) -> DemoText:
 
 
 def demo_dtype() -> str:
-    """Return the number format in which the processor multiplies faster, bfloat16 or float32."""
+    """Return bfloat16 if the processor is known to have instructions for it, otherwise float32."""
     return "bfloat16" if has_products(torch.bfloat16) else "float32"

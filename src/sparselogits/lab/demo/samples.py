@@ -37,7 +37,8 @@ class Prompt:
 def prompts_of(corpus: PackedCorpus, tokenizer: Any) -> list[Prompt]:
     """Return the beginning of a held-out page, and questions in the chat template.
 
-    If no page begins in the held-out windows, the first tokens of the first window are used.
+    If no page begins `PROMPT_TOKENS` tokens or more before the end of a held-out window, the first
+    tokens of the first window are used.
     Without a chat template there are no questions.
 
     Args:
@@ -87,5 +88,5 @@ def continuations(
 
 
 def _in_a_line(text: str) -> str:
-    """Replace line breaks by ↵ and repeated spaces by one."""
+    """Replace white space with line breaks by ↵, and other white space by one space."""
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()

@@ -59,7 +59,7 @@ def _cells(row: MethodRow, seconds: float | None) -> list[Cell]:
 
 
 def drawings(results: Results) -> list[Drawing]:
-    """Return the charts of the demo's page; none if full KD does not reduce the KL measurably."""
+    """Return the charts of the demo's page; none if no method has a value of `recovered`."""
     if not any(row.recovered for row in results.methods):
         return []
     looks = looks_of({row.method: row.method for row in results.methods})

@@ -76,7 +76,7 @@ def standard_targets(
 
     Args:
         pilot: the teacher's logits at positions spread over the text, float [P, V] each. The
-            samplers are fitted to the budget on these logits.
+            unbiased samplers are fitted to the budget on these logits.
         budget: mean entries per position of the unbiased targets.
         top_k: values of K, the entries per position of a Top-K target.
         missing_mass: missing-mass rules; there is a Top-K target per K and rule.

@@ -4,18 +4,19 @@ On each batch of windows, the gradients of full distillation and of each target 
 same student; a random target is drawn several times. Angle, norm ratio, bias and variance
 (`moments.py`) are computed in five spaces, with logits z and the head's weight U:
 
-    logits         dL/dz of all positions, concatenated; independent of the batch size
+    logits         dL/dz of all positions, concatenated
     hidden         dL/dz U of all positions, concatenated: the gradient that the trunk receives
     summed logits  dL/dz summed over the batch: the gradient of a bias of the head
     summed hidden  dL/dz U summed over the batch: the gradient of a vector added to the head's input
     parameters     the gradient of all parameters, summed over the batch, for an optimiser
 
 In the last three spaces the noise of unbiased targets averages out in large batches. The student is
-in eval mode and at temperature one. Each metric is averaged over draws and then over batches of
-consecutive windows, with Student's t interval over batches.
+in eval mode and at temperature one. Angle and norm ratio are averaged over draws, and all metrics
+over batches of consecutive windows, with Student's t interval over batches.
 
 Cost per window: one pass of the teacher and of the student's trunk; per target and draw, one pass
-of the sampler and the loss, one backward pass of the trunk, and the memory of the head's weight.
+of the sampler and the loss, one backward pass of the trunk, and the memory of the head's weight and
+of the gradient of all parameters.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class GradientFidelity:
         variance: trace of the covariance divided by the squared norm of full distillation's
             gradient.
         relative_angle: angle divided by the angle of a reference target in the same batch; None
-            without a reference.
+            without a reference, or if an angle of the reference is 0.
     """
 
     student: str
@@ -86,14 +87,14 @@ class GradientFidelity:
 
     @property
     def bias(self) -> float | None:
-        """Square root of the squared bias; None if the bias is not distinguishable from zero."""
+        """Square root of `squared_bias`; None if the lower end of its interval is not positive."""
         low = self.squared_bias.low
         distinguishable = low is None or low > 0
         return math.sqrt(max(self.squared_bias.mean, 0.0)) if distinguishable else None
 
     @property
     def bias_below(self) -> float | None:
-        """Upper bound of a bias that is not distinguishable from zero; otherwise None."""
+        """Upper bound of the bias where `bias` is None; otherwise None."""
         squared = self.squared_bias
         if squared.low is None or squared.high is None or squared.low > 0:
             return None
@@ -129,8 +130,8 @@ def measure_gradients(
         teacher: teacher whose distribution the targets approximate.
         targets: targets to compare, with distinct names.
         batch_tokens: batch sizes in tokens, multiples of the window length.
-        draws: number of draws of each random target; at least 2 are needed to separate bias from
-            variance. Draw r uses the random seed `seed + r`.
+        draws: number of draws of each random target; at least 2, to separate bias from variance.
+            Draw r uses the random seed `seed + r`.
         seed: random seed of the first draw.
         against: name of the reference target for `relative_angle`; None for no reference.
         progress: function that is called with the number of windows done and the total number.
@@ -193,7 +194,10 @@ def measure_gradients(
 
 
 class _Drawer:
-    """Draws of targets at some positions of a window; targets of one sampler share draws."""
+    """Draws of targets at some positions of a window.
+
+    Targets of one sampler object and with equal `rounds` share draws.
+    """
 
     def __init__(
         self,
@@ -264,7 +268,7 @@ def _fidelity(
 
 
 def _window_counts(batch_tokens: Sequence[int], length: int, windows: int) -> list[int]:
-    """Validate batch sizes in tokens, and convert them to windows, ascending."""
+    """Validate batch sizes in tokens; return the distinct sizes in windows, ascending."""
     sizes = sorted(set(batch_tokens))
     wrong = [size for size in sizes if size < 1 or size % length]
     if wrong or not sizes:

@@ -10,7 +10,8 @@ the gradients of positions are concatenated:
     variance      (sum |e_r|^2 - |sum e_r|^2 / R) / (R - 1), divided by |g|^2
 
 The mean over pairs of different draws has expectation |E e|^2; it can be negative if the bias is
-small. A target that is not random needs one draw: its squared bias is |e|^2 and its variance 0.
+small. A target that is not random needs one draw: its squared bias is |e|^2 / |g|^2 and its
+variance is 0.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class Plan:
         bytes_per_token: bytes of the cache per token.
         windows: number of windows.
         shards: number of shards.
-        shard_bytes: bytes of a full shard.
+        shard_bytes: bytes of the largest shard.
         tokenising_hours: hours of one processor core to tokenise and pack the text.
         teacher_hours: hours of the build: forward passes, sampling, encoding and writing.
         student_hours: hours per pass of a student over the cache.
@@ -174,7 +174,7 @@ class Plan:
         break_even_passes: number of passes from which on the cache takes fewer device-hours than
             the teacher online; None if it never does.
         break_even_cost_passes: number of passes from which on the cache, with storage, is cheaper
-            than the teacher online; None if it never is, or without a price.
+            than the teacher online; None if it never is, or without a device price.
         read_bytes_per_second: bytes per second that all ranks of one student read together.
         read_bytes_per_second_per_rank: bytes per second that one rank reads.
         write_bytes_per_second: bytes per second that all workers write together.
@@ -184,7 +184,7 @@ class Plan:
             order, in which each window is in a shard that is not open.
         shuffled_bytes_per_second: bytes per second that all ranks of one student read in the worst
             order, in which a row group is fetched per window.
-        shard_hours: hours that a worker needs for one shard, the most work that a failure loses.
+        shard_hours: mean hours that a worker needs for one shard; a failure loses at most a shard.
         failures: expected number of worker failures during the build.
         lost_hours: hours lost to these failures, half a shard each, without the time to restart.
     """

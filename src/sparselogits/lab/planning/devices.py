@@ -1,6 +1,6 @@
 """List peak rates (dense bfloat16 operations) and memory of accelerators, as vendors state them.
 
-No value was measured. A vendor's GB is taken as 1e9 bytes, less than most devices report.
+No value was measured. A vendor's GB is taken as 1e9 bytes, which is less than most devices report.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _ALIASES = {
 def device_kind(name: str, flops: float | None = None, memory: float | None = None) -> DeviceKind:
     """Return the kind of a device by name.
 
-    Capitals, spaces, hyphens and the vendor's name are ignored: "NVIDIA H100 80GB HBM3" is h100.
+    Case, punctuation, vendors and product lines are ignored: "NVIDIA H100 80GB HBM3" is h100.
 
     Args:
         name: name of the device; any name if `flops` is given.

@@ -16,7 +16,7 @@ def grid(settings: Settings) -> dict[tuple[str, str], Plan]:
     """Compute a plan for each pair of `STUDENTS` and `TOKENS`, by (student, tokens).
 
     Args:
-        settings: all other inputs of the plans.
+        settings: inputs of the plans; `student_params` and `tokens` are replaced.
     """
     return {
         (student, amount): plan(replace(settings, student_params=params, tokens=tokens))

@@ -55,7 +55,7 @@ class ModelSize:
 def size_of(text: str, what: str) -> ModelSize:
     """Return the size of a model from a count of parameters or from a configuration.
 
-    A head that is tied to the embedding counts once, because the look-up needs no matrix product.
+    A head that is tied to the embedding counts once.
 
     Args:
         text: count such as '8B', or path of a folder with a config.json.

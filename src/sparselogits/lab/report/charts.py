@@ -1,8 +1,8 @@
 """Create charts as Vega-Lite specifications with Altair, for pages and as PNG.
 
 In a page, Vega draws a chart as SVG; colours are written `var(--c0)` and resolved by the page's
-style sheet, so that they follow the light or dark mode. For PNG files, vl-convert draws the same
-specification in the colours of one mode.
+style sheet, so that they follow the light or dark mode. For PNG files, vl-convert draws the chart
+with a legend, in the colours of one mode.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def looks_of(groups: Mapping[str, str]) -> dict[str, Look]:
 
     Args:
         groups: group of each method, in order. Methods in a group share colour and shape, and
-            differ in dashes.
+            differ in dashes; colours, shapes and dashes repeat if there are too few.
     """
     names = list(dict.fromkeys(groups.values()))
     ranks: dict[str, int] = {}
@@ -223,9 +223,9 @@ def curve_chart(
         looks: look of each method.
         x: title of the horizontal axis.
         y: title of the vertical axis.
-        diagonal: whether to draw the line y = x from 0 to 1.
+        diagonal: whether to draw the line y = x, with both axes from 0 to 1.
         marks: whether to draw the points; a single point of a method is always drawn.
-        logarithmic: whether both axes are logarithmic.
+        logarithmic: whether both axes are logarithmic; has no effect with `diagonal`.
     """
     import altair as alt
 
@@ -379,7 +379,10 @@ def _log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return at least two round numbers between `low` and `high` for a logarithmic axis."""
+    """Return at least two round numbers between `low` and `high` for a logarithmic axis.
+
+    `high` must be at least 1.25 times `low`.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), fine):

@@ -3,8 +3,8 @@
     OUT/report.html      self-contained page
     OUT/figures/*.png    charts of the methods that the page shows when it opens
 
-The same numbers are in results.json and results.csv (`compare/results.py`). If the packages that
-draw charts are missing, the page has only tables, and states what to install.
+The numbers are those of results.json (`compare/results.py`). If the packages that draw charts are
+missing, the page has no charts, and states what to install.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ def report_page(results: Results) -> str:
 
 
 LONGEST_NAME = 120
-"""Largest number of characters in a displayed name; longer names are cut in the middle."""
+"""Number of characters above which the middle of a displayed name is cut out."""
 
 
 def _with_printable_names(results: Results) -> Results:
-    """Return the results with control characters in names escaped, and long names shortened.
+    """Return the results with control characters in title and names escaped, and long ones cut.
 
     Control characters prevent drawing; bidirectional overrides disguise one name as another.
     """
@@ -316,7 +316,7 @@ def _runs(runs: Sequence[RunRow]) -> Table:
 
 
 def _tasks(rows: Sequence[MethodRow], results: Results) -> Table | None:
-    """Return the table of zero-shot tasks; None without scores."""
+    """Return the table of zero-shot tasks; None if no student has scores."""
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return None

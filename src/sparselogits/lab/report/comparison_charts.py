@@ -14,7 +14,7 @@ from sparselogits.objectives import Masked
 from sparselogits.samplers import find_sampler
 
 LEVELS = {name: METHODS[name].title for name in ("ce", "full")}
-"""Titles, by family, of the methods that have no budget and are drawn as horizontal lines."""
+"""Titles, by family, of the methods that charts of the loss draw as horizontal lines."""
 
 ALL_SHOWN = 12
 """Largest number of methods for which all are shown when a page opens."""
@@ -124,7 +124,7 @@ def _points(
     budget_of: Callable[[MethodRow], float | None],
     metric_of: Callable[[MethodRow], _WithEnds],
 ) -> list[dict[str, Any]]:
-    """Return one chart point per method that has a budget."""
+    """Return one chart point per method that has a positive budget and a finite metric."""
     found = []
     for row in rows:
         x, (y, low, high) = budget_of(row), metric_of(row)
@@ -144,7 +144,10 @@ def _loss_at(row: MethodRow) -> _WithEnds:
 
 
 def _entries_measured(row: MethodRow) -> float | None:
-    """Return entries per position; None if the angle is 0, which a logarithmic axis cannot show."""
+    """Return the measured entries per position, if any; None if the angle is 0.
+
+    A logarithmic axis cannot show an angle of 0.
+    """
     return row.gradient.entries if row.gradient and _angle_at(row)[0] > 0 else None
 
 

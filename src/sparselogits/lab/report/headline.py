@@ -11,7 +11,7 @@ from sparselogits.objectives import Masked
 def headline(results: Results, student: str) -> str:
     """Describe the method with the lowest held-out loss, compared with CE and full KD.
 
-    Methods that train without a cache are considered only if no other has a finished run.
+    Methods that train without a cache are considered only if no other has a finite loss.
 
     Args:
         results: results of the comparison.

@@ -1,8 +1,8 @@
 """Render self-contained HTML pages, and describe their tables and charts.
 
 Styles, scripts and data are in the file. The content security policy of a page allows exactly these
-scripts and styles, by their hashes, and no network request. Pages are Jinja templates that escape
-all values. Data are JSON, from which scripts create text nodes but no markup.
+scripts and styles, by their hashes, and nothing from the network. Pages are Jinja templates that
+escape text by default. Data are JSON, from which scripts create text nodes but no markup.
 
 Tables can be sorted, and their columns can be selected; the best value of a column is marked. A
 method can be shown or hidden in all charts at once (`static/report.js`).
@@ -78,7 +78,7 @@ class Table:
     last: Sequence[Cell] = ()
 
     def with_best(self, rivals: Collection[str]) -> Table:
-        """Return a table in which the best value of each column is marked.
+        """Return a table in which the best value of each column that has `best` is marked.
 
         Args:
             rivals: names of the rows that are compared. In a column in which fewer than two of them
@@ -111,7 +111,7 @@ class Panel:
         headline: summary of the result in a sentence or two.
         table: table of the results.
         notes: explanations of the table.
-        drawings: charts; empty if charts cannot be drawn.
+        drawings: charts; may be empty.
         more: second table, or None.
     """
 

@@ -13,7 +13,9 @@ MODES = ("cached", "online")
 
 
 def draw_plan(settings: Settings, path: Path) -> None:
-    """Draw a plan as a PNG file, with solid lines for a cache and dashed for the teacher online.
+    """Draw the device hours of `grid` as a PNG file, with a line per student and mode.
+
+    Lines are solid for training from a cache, and dashed for training with the teacher online.
 
     Raises:
         MissingDependencyError: If altair or vl-convert is not installed.
@@ -41,6 +43,6 @@ def draw_plan(settings: Settings, path: Path) -> None:
 
 
 def _hours(settings: Settings, found: Plan) -> tuple[float, float]:
-    """Return device hours of all passes with a cache and with the teacher online."""
+    """Return device hours of a cache and all passes from it, and of all passes with the teacher."""
     cached = found.teacher_hours + settings.passes * found.student_hours
     return cached, settings.passes * found.online_hours

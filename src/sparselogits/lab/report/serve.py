@@ -16,8 +16,8 @@ PREFIX = "/window/"
 class PageServer(HTTPServer):
     """HTTP server that renders `page(INDEX)` at http://127.0.0.1:PORT/window/INDEX.
 
-    Requests with another host name are rejected, because a web page whose host name resolves to
-    this address could otherwise read the text of the cache.
+    Requests for hosts other than 127.0.0.1 and localhost are rejected, because a web page whose
+    host name resolves to this address could otherwise read the text of the cache.
 
     Args:
         page: function that returns the HTML of a window; if it raises a `SparseLogitsError`, the
@@ -40,7 +40,7 @@ class PageServer(HTTPServer):
 
     @property
     def address(self) -> str:
-        """URL of the first window."""
+        """URL of the window `first`."""
         return f"http://{_HOST}:{self.server_port}{PREFIX}{self.first}"
 
 

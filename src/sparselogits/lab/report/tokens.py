@@ -26,7 +26,7 @@ class TokenTexts:
         self._anchor: tuple[int, str] | None = None
 
     def running(self) -> list[str]:
-        """Return the text of each token, so that the joined texts are the text of the window.
+        """Return the text of each token as a part of the window's text; ids without a tokenizer.
 
         If several tokens share a character, the last one's text contains it; the others are empty.
         """
@@ -46,7 +46,7 @@ class TokenTexts:
         return texts
 
     def alone(self, token: int) -> str:
-        """Return a token's text with its leading space, or its name and id if it has no text."""
+        """Return a token's text with its leading space; without text, its name, if any, and id."""
         if self._tokenizer is None:
             return f"#{token}"
         if token not in self._alone:

@@ -35,10 +35,10 @@ from sparselogits.teacher import Engine
 from sparselogits.wording import counted
 
 LIKELIEST = 10
-"""Number of most likely ids shown for each model, in addition to the cached ids."""
+"""Number of most likely ids per model, added to the cached ids before `LARGEST` applies."""
 
 LARGEST = 64
-"""Largest number of ids shown per position; the other ids are summed in one row."""
+"""Largest number of ids shown per position without the label; other ids are summed in one row."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class Position:
 
     Args:
         label: id of the token that the position predicts; None if the position has no label.
-        rows: displayed ids in descending order of probability, including the label.
+        rows: displayed ids, including the label, in descending order of the teacher's probability,
+            or of the cached weight without a teacher.
         entries: number of cached entries.
         mass: sum of the weights of all cached entries.
-        metrics: values by the names in `MEASURES`; None for a value that is undefined.
+        metrics: values of available measures by the names in `MEASURES`; None where undefined.
     """
 
     label: int | None
@@ -132,7 +133,8 @@ class WindowViewer:
         dataset: the cache.
         tokenizer: tokenizer of the cache; None to show ids instead of texts.
         teacher: teacher of the cache; None to show no probabilities of the teacher.
-        student: language model of the kind and with the ids of the cache; None to show no student.
+        student: language model of the kind and with the ids of the cache, set to eval mode; None to
+            show no student.
 
     Raises:
         InvalidArgumentError: If the dataset mixes several caches, or the student is causal and the
@@ -278,8 +280,7 @@ class Distribution:
 def targets_entropy(targets: SparseTargets) -> Tensor:
     """Compute the entropy of the normalised weights per position in nats, float32 [P].
 
-    As an estimate of the teacher's entropy, the result is biased downwards: K entries give at most
-    log K.
+    The entropy of K entries is at most log K, even where the teacher's entropy is larger.
     """
     mass = targets.mass().clamp_min(torch.finfo(torch.float32).tiny)
     share = targets.weights / mass[targets.positions]
