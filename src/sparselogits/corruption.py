@@ -39,7 +39,8 @@ class TokenKinds:
         special: bool [V], true for special tokens and for ids that are not tokens.
         begins: bool [V], true for tokens that always begin a word; None if the tokenizer does not
             mark words.
-        head: int8 [V], 1 for tokens that begin with punctuation or white space, else 0.
+        head: int8 [V], 1 for tokens that begin with punctuation or white space, except the space
+            before a word, else 0.
         tail: int8 [V], 1 for tokens that end with punctuation or white space, -1 for the token that
             is only the space before a word, else 0.
     """
@@ -215,7 +216,8 @@ class Corruption:
 
         Args:
             tokens: int32 [L], original token ids.
-            window_index: index of the window; together with the seed it determines the result.
+            window_index: index of the window. The random numbers are a function of the seed,
+                `window_index` and `held_out`.
             learnt: bool [L], false for padding and for tokens that are not trained on, which are
                 never chosen; None if there are none.
             held_out: whether `window_index` counts held-out windows instead of training windows.

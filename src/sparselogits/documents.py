@@ -255,10 +255,10 @@ def _probe_way(
 ) -> tuple[Literal["packed", "apart", "none"], bool]:
     """Return the fastest `way` that reproduces the states of documents that are run alone.
 
-    The second value is `Documents.masks_padding`. If the states are not finite, the way is "apart"
-    without a test. If the way is "apart" and the model is a masked
-    language model (`masked`), the value is True without a test, because the effect of a little
-    padding may be smaller than the bounds on rounding.
+    If the states are not finite, the way is "apart" without a test. The second value is
+    `Documents.masks_padding`. If the way is "apart" and the model is a masked language model
+    (`masked`), the value is True without a test, because the effect of a little padding may be
+    smaller than the bounds on rounding.
     """
     starts = [np.array(positions, np.int32) for positions in _PROBE_STARTS]
     positions = restarting_positions(_PROBE_LENGTH, starts).to(tokens.device)

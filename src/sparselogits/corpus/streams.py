@@ -107,7 +107,10 @@ def is_part_name(name: str) -> bool:
 
 @contextmanager
 def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Open a Parquet file for writing; it appears if the block ends without an exception."""
+    """Open a Parquet file for writing; it appears if the block ends without an exception.
+
+    An existing file is not replaced.
+    """
     with writing_whole(path, replace=False) as handle:
         writer = pq.ParquetWriter(
             handle,

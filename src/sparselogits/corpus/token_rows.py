@@ -195,7 +195,7 @@ def record_row(
 def _integers(
     columns: Mapping[str, Any], name: str, where: _Where, length: int | None = None
 ) -> _Array:
-    """Return a column of a row as int64 [N].
+    """Return a column of a row as int64 [N]; booleans become 0 and 1.
 
     Raises:
         CorpusError: the column is not a flat list of integers or booleans, or not of the given

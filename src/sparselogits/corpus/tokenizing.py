@@ -151,7 +151,7 @@ def _encode_without_offsets(tokenizer: Any, piece: Piece) -> Encoded:
 
 
 def _tokens_before(tokenizer: Any, prefix: str, ids: list[int]) -> tuple[int, int]:
-    """Return how many of a text's tokens `ids` lie completely, and at least partly, in a prefix."""
+    """Estimate how many tokens of `ids` lie completely, and at least partly, in a text's prefix."""
     before = tokenizer.encode(prefix, add_special_tokens=False)
     pairs = enumerate(zip(before, ids, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(ids)))

@@ -42,10 +42,11 @@ class TextWindow(TypedDict):
 
     Attributes:
         input_ids: int64 [L].
-        shift_labels: int64 [L], the token that each position predicts; -100 if there is none. A
-            causal model predicts the next token, except at the last position, where the loss mask
-            is false, and at the end of a document if attention is reset there; a masked language
-            model predicts the original token at each chosen position.
+        shift_labels: int64 [L], the token that each position predicts, or with a draft vocabulary
+            the class of that token; -100 if there is none. A causal model predicts the next token,
+            except at the last position, where the loss mask is false, and at the end of a document
+            if attention is reset there; a masked language model predicts the original token at each
+            chosen position.
         attention_mask: int64 [L], 0 at padding; present if each window has one document.
         position_ids: int64 [L]; present if attention is reset at document starts.
         labels: int64 [L], the same labels at the positions of the predicted tokens, as in
@@ -67,7 +68,8 @@ class CachedWindow(TextWindow):
 
     Attributes:
         targets: targets of the L positions.
-        teacher_entropy: mean entropy of the teacher in nats, float32 []; for several teachers the
+        teacher_entropy: mean entropy of the teacher in nats, float32 [], or 0 in a cache whose
+            targets were retokenized, where the entropy is unknown; for several teachers the
             weighted mean of their entropies. Absent with a draft vocabulary, because the entropy of
             the restricted distribution is not stored.
     """

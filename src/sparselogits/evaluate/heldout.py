@@ -212,7 +212,8 @@ def evaluate(
             language models if the windows are corrupted, otherwise causal ones.
         windows: held-out text, tokenised with the tokenizer of teacher and students. With a draft
             vocabulary (`windows.draft`), students have a head for the classes of that vocabulary,
-            and all metrics are those of the distributions over the classes.
+            and metrics are those of the distributions over the classes; for `acceptance` see
+            `restricted_acceptance`.
         teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
         resamples: number of bootstrap resamples of the windows, for the intervals.
         seed: random seed for the resamples.

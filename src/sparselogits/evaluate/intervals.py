@@ -27,7 +27,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 1000
 """Default number of bootstrap resamples."""
 _BLOCK_SIZE = 1 << 22
-"""Number of float64 values (32 MiB) in one block of resamples."""
+"""Approximate number of float64 values (32 MiB) in one block of resamples."""
 
 Statistic = Callable[[Tensor], Tensor]
 """Function from sums over units, float64 [R, C], to one value per resample, float64 [R]."""

@@ -1,4 +1,4 @@
-"""Compare training methods: train the same student with each, and evaluate all students."""
+"""Compare training methods: train the same students with each, and evaluate the results."""
 
 from sparselogits.lab.compare.comparison import compare
 from sparselogits.lab.compare.recipe import CompareRecipe, load_compare_recipe, parse_compare_recipe
