@@ -95,7 +95,7 @@ def compare(
         stage: function that shows the progress of a stage, such as `console.stage`.
 
     Returns:
-        The results of all finished runs, as stored in results.json.
+        The results of all runs, finished or not; results.json has them with rounded numbers.
 
     Raises:
         SparseLogitsError: If the teacher, the text or a student cannot be used, the directory

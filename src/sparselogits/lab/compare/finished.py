@@ -66,7 +66,8 @@ class FinishedWork:
         """Claim work for this process until the `with` block ends or the process dies.
 
         Yield whether the claim succeeded. If another process has claimed the work, the claim fails
-        or, with `wait`, waits for that process. A file system without locks grants every claim.
+        or, with `wait`, waits for that process. Every claim is granted if the file system or the
+        platform does not support locks.
         """
         with lock_file(self._file(kind, key).with_suffix(".lock"), wait=wait) as lock:
             yield lock.held is not Held.TAKEN

@@ -39,7 +39,7 @@ class PlannedMeasurement:
 
     Args:
         method: method whose targets are measured.
-        on: run whose trained student is measured.
+        on: run whose student is measured.
         fingerprint: fingerprint of all inputs that determine the measurement.
     """
 

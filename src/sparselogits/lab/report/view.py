@@ -70,7 +70,7 @@ class Position:
             or of the cached weight without a teacher.
         entries: number of cached entries.
         mass: sum of the weights of all cached entries.
-        metrics: values of available measures by the names in `MEASURES`; None where undefined.
+        metrics: values by the names in `MEASURES`; an undefined value is None or absent.
     """
 
     label: int | None
