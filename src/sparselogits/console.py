@@ -31,7 +31,7 @@ class EscapingConsole(Console):
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print objects with the options of `rich.console.Console.print`."""
+        """Print objects as `rich.console.Console.print` does, but do not wrap strings in a log."""
         if not self.is_terminal and all(isinstance(each, str) for each in objects):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)
@@ -43,7 +43,7 @@ class EscapingConsole(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Yield the segments that rich renders, with the text of each escaped."""
+        """Yield the segments that rich renders, with text escaped, but not control segments."""
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text)
             yield segment if text == segment.text else segment._replace(text=text)
@@ -56,7 +56,7 @@ messages = EscapingConsole(stderr=True, **_PLAIN)
 
 
 def results() -> Console:
-    """Return the console on standard output, for results."""
+    """Return a new console on standard output, for results."""
     return EscapingConsole(**_PLAIN)
 
 
@@ -66,17 +66,21 @@ def styled(label: str, style: str, rest: str = "") -> Text:
 
 
 LOG_SECONDS = 15.0
-"""Seconds between two progress lines in pipes and logs."""
+"""Minimum number of seconds between progress lines in pipes and logs; the last may be sooner."""
 
 MEASURABLE_SECONDS = 0.2
-"""Seconds of work before a rate is shown; a rate over a shorter time is meaningless."""
+"""Minimum time in seconds over which a rate is measured; a shorter time gives no useful rate."""
 
 NOTEBOOK_SECONDS = 0.5
-"""Seconds between two updates of a progress line in a notebook."""
+"""Minimum number of seconds between two updates of a progress line in a notebook."""
 
 
 def quiet_transformers() -> None:
-    """Silence progress bars and transformers' messages, unless environment variables allow them."""
+    """Silence progress bars, and messages of transformers below the level of errors.
+
+    Environment variables that are set take precedence, except for the progress bars of transformers
+    and `datasets` if these are already imported.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -93,15 +97,16 @@ def quiet_transformers() -> None:
 
 
 Update = Callable[..., None]
-"""Function `update(done, total=None, note="")` that displays a count, its total and a remark."""
+"""Function `update(done, total=None, note="")` that reports a count, its total and a remark."""
 
 
 @contextmanager
 def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
     """Display the progress of one task; yield the function that updates the display.
 
-    A terminal shows a bar; a notebook shows a line that is overwritten every `NOTEBOOK_SECONDS`. A
-    pipe or log gets a line every `LOG_SECONDS` and one at the end, without control characters.
+    A terminal shows a bar; a notebook shows a line that is overwritten, at most once per
+    `NOTEBOOK_SECONDS`. A pipe or log gets at most one line per `LOG_SECONDS` and one after the task
+    has succeeded, without control characters.
 
     Args:
         what: the task, as a gerund ("packing text").
@@ -168,7 +173,7 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
 
 
 def _overwrite_line(line: str) -> None:
-    """Overwrite the progress line of a notebook, padded to cover a longer previous line.
+    """Overwrite a notebook's progress line; pad it to 100 characters to cover the previous text.
 
     rich is not used, because it would add a separate block of HTML per line.
     """

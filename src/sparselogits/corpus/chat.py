@@ -1,13 +1,14 @@
 """Render conversations to text with a tokenizer's chat template, in a separate process.
 
-A conversation is rendered as a whole by transformers' renderer, so the text equals that of
-`apply_chat_template`; `rendering` determines which characters are in the loss mask.
+A conversation is rendered as a whole by transformers' renderer, as in `apply_chat_template`, but
+with a fixed date, and with content in a form that the template supports; `rendering` also
+determines which characters are in the loss mask.
 
 Templates are untrusted programs from a tokenizer's folder. transformers runs them in Jinja's
 sandbox, which blocks access to files and to Python, but not endless loops or gigabytes of text.
-Therefore the operating system limits the processor time and the memory of the rendering process.
-One rendering process serves all conversations of a packing process; the next conversation restarts
-a rendering process that has ended.
+Therefore the operating system, if it can, limits the processor time and the memory of the rendering
+process. A packing process has one rendering process at a time; if the rendering process has ended,
+the next conversation starts another one.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ class Rendered(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Chat template and the special tokens that it uses, as plain values that can be pickled."""
+    """Chat template and special tokens of a tokenizer, as plain values that can be pickled."""
 
     template: str
     """Jinja source of the template."""
     with_tools: str
     """Jinja source of the template for records with tools; usually equal to `template`."""
     special_tokens: tuple[tuple[str, Any], ...]
-    """Names and texts of the special tokens that templates refer to, such as `eos_token`."""
+    """Names and values of the special tokens, such as `eos_token`, which are template variables."""
     closing: tuple[str, ...] = ()
     """Texts of the tokenizer's added tokens, each of which may end a turn."""
 
@@ -84,24 +85,25 @@ class ChatTemplate:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal sha256 of all values that determine a conversation's tokens."""
+        """Hexadecimal sha256 of all fields and of the version of the conversion rules."""
         described = [_RULES, self.template, self.with_tools, dict(self.special_tokens)]
         return hashlib.sha256(canonical_json([*described, list(self.closing)])).hexdigest()
 
     def unread(self, names: Iterable[str]) -> list[str]:
-        """Return those of `names` that are optional template inputs and not used by this template.
+        """Return those of `names` that are optional inputs and that this template does not contain.
 
-        A record's field with such a name is not meant for the template.
+        The optional inputs are `tools` and `documents`; a field of a record with a returned name is
+        not meant for the template.
         """
         inputs = {"tools", "documents"} & set(names)
         return [name for name in inputs if name not in self.template + self.with_tools]
 
     def rendered(self, conversation: Conversation, *, masked: bool) -> Rendered:
-        """Render a conversation to text; `masked` requests the loss mask of the assistant's text.
+        """Render a conversation to text; `masked` requests the loss mask.
 
         Raises:
             CorpusError: the template raises an error or exceeds its limits, a value cannot be
-                written as JSON, or the assistant's text cannot be located in the output.
+                written as JSON, or the text with targets cannot be located in the output.
         """
         answer = _ask(asdict(self), {**asdict(conversation), "masked": masked})
         if "error" in answer:
@@ -199,7 +201,7 @@ def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, A
 
 @atexit.register
 def shut_down() -> None:
-    """Shut down the rendering process; the next request starts another one."""
+    """Shut down the rendering process, if there is one; the next request starts another one."""
     global _running
     if _running is not None and _running.owner == os.getpid():
         _running.end()

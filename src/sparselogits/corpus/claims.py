@@ -1,9 +1,9 @@
-"""Reserve the folder of a packed corpus for one text, so that no process packs another text.
+"""Reserve the folder of a packed corpus for one text, so that no other text is packed into it.
 
 `corpus.json`, which describes the text, is created exclusively and then compared. While a process
 packs, it holds a lock on the folder; other workers of the same build share the lock, and the kernel
 releases it when a process dies. If no part is finished, another text may replace the claim, but
-only while a process holds the lock exclusively: then all processes of the earlier claim are dead.
+only while a process holds the lock exclusively: then all processes of the earlier claim have ended.
 Without locks (see `locks`) a claim is never replaced.
 """
 
@@ -21,9 +21,9 @@ from sparselogits.locks import FileLock, Held
 
 
 def is_abandoned(paths: Paths) -> bool:
-    """Return whether no part in a folder is finished and no process is packing.
+    """Return whether no part in a folder is finished and no process is packing into the folder.
 
-    Another text may then replace the claim on the folder.
+    Another text may then replace the claim. Without support for locks, the result is False.
     """
     if paths.begun:
         return False
@@ -38,16 +38,18 @@ def is_abandoned(paths: Paths) -> bool:
 def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """Claim a folder for the text that `made_from`, the content of `corpus.json`, describes.
 
-    The folder's lock is held during the block. Other processes may claim the folder for the same
-    text at the same time.
+    If locks are supported, a shared lock is held during the block: other processes may claim the
+    folder for the same text at the same time.
 
     Yields:
-        A function that removes the packed files, unless another worker is packing the same text.
+        A function that removes the packed files if locks are supported and no other process is
+        packing into the folder.
 
     Raises:
         IdentityMismatchError: the folder belongs to another text; the message contains the
             differing fields.
-        CorpusError: the folder contains other files.
+        CorpusError: the folder contains other files, or parts of a corpus whose `corpus.json` is
+            missing or damaged.
         StorageError: the folder cannot be written.
     """
     lock = FileLock(paths.lock)
@@ -117,7 +119,7 @@ def _require_corpus_or_empty(paths: Paths) -> None:
 
 
 def _differences(paths: Paths, made_from: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (field, stored value, given value) for each difference that changes the windows."""
+    """Return (field, stored value, given value) for each difference that prevents packing."""
     stored, ignored = read_corpus_json(paths.made_from), {"source.name"}
     if paths.index.exists():
         ignored.add("part_bytes")

@@ -19,10 +19,10 @@ MESSAGES = ("messages", "conversations", "conversation")
 """Names of fields that contain a conversation, in order of preference."""
 
 EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
-"""Names of further fields that a template uses; `system` only in ShareGPT's form."""
+"""Names of further fields that a template uses; `system` only with the field `conversations`."""
 
 _OPENAI = ("messages", "prompt", "completion")
-"""Names of fields in OpenAI's and TRL's form, in which `from` and `value` are not allowed."""
+"""Names of fields in OpenAI's and TRL's form, in which `from` and `value` are not read."""
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -42,7 +42,7 @@ class Conversation:
     """Validated messages in the form that chat templates expect, with the other template inputs."""
 
     messages: list[dict[str, Any]]
-    """Messages with `role` and `content`, in order."""
+    """Messages in order, each with `role`, and with `content` or a field such as `tool_calls`."""
     prompt: int | None = None
     """Number of leading messages that form the prompt; None if the record has no prompt."""
     tools: list[Any] | None = None
@@ -54,11 +54,11 @@ class Conversation:
 
 
 def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversation:
-    """Return the conversation in fields of a record: one field, or `prompt` and `completion`.
+    """Return the conversation in the fields `names` of a record: one, or `prompt` and `completion`.
 
     Raises:
-        CorpusError: a message has no role or content, or a value has the wrong type; the error
-            states the number of the message, from 1.
+        CorpusError: a message is invalid (the error states its number, from 1), or another value
+            has the wrong type.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]
@@ -181,7 +181,7 @@ def _content(content: Any, role: str, place: str) -> Any:
 
 
 def _sharegpt_call(content: str) -> dict[str, Any]:
-    """Return the message for a ShareGPT `function_call`, with tool calls if the content is JSON."""
+    """Return the message for a ShareGPT `function_call`, with tool calls if it is JSON of calls."""
     try:
         calls = json.loads(content)
     except ValueError:

@@ -12,7 +12,7 @@ from sparselogits.corpus.windows import Packing
 
 
 class DocumentWindows:
-    """Writer of a part in which each window has one document; see `Packing`.
+    """Writer of a part in which each window has one document, or one row of ids; see `Packing`.
 
     A document that spans two parts is cut there, so that each part has whole windows.
     """

@@ -1,9 +1,10 @@
 """Write records given as Python objects, such as `datasets` objects, to a file for packing.
 
 Packing reads its source from several processes, and again after an interruption; a build may be
-resumed days later by a program that creates its records again. So given records are written once,
-as JSON lines with only the fields that contain text, to a file named by the hash of its content.
-Equal records are therefore the same source, whatever the type of the object that holds them.
+resumed days later by a program that creates its records again. So given records are written first,
+as JSON lines with only the fields that determine the text, to a file named by the hash of its
+content. The fingerprint of the source depends only on the lines written, not on the type of the
+object that holds the records.
 
 Writing costs one pass over the records and disk space for their text. For a dataset that exists
 unchanged on disk or on the hub, give its name instead: its files are then read directly.
@@ -27,7 +28,7 @@ from sparselogits.errors import CorpusError
 from sparselogits.files import user_cache, writing_whole
 
 Records = Iterable[Mapping[str, Any]]
-"""Records: a `datasets.Dataset` or `IterableDataset`, a list of dicts, or any iterable of dicts."""
+"""Type of given records: a `datasets.Dataset` or `IterableDataset`, or any iterable of dicts."""
 
 
 def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceFile:
@@ -35,11 +36,13 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
 
     Args:
         records: at least one record.
-        fields: names of the fields that contain text; other fields are not written.
+        fields: names of the fields to read; only those that determine a record's text or tokens are
+            written.
         folder: folder of the file; None for the folder "records" in the user's cache folder.
 
     Raises:
-        CorpusError: there are no records, or a record contains no text or a value that is not text.
+        CorpusError: there are no records, a record is not a dict or has no field for text, or a
+            value cannot be written as JSON.
         StorageError: the folder cannot be written.
     """
     rows, schema = _plain(records)
@@ -56,7 +59,7 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
 
 
 def chosen_split(records: Any, split: str) -> Any:
-    """Return one split of a `datasets.DatasetDict`, or any other object unchanged.
+    """Return one split of a `DatasetDict` or other mapping; return any other object unchanged.
 
     Raises:
         CorpusError: the split does not exist.
@@ -72,7 +75,7 @@ def chosen_split(records: Any, split: str) -> Any:
 
 
 def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
-    """Return rows as Python values, and the types of their columns if the dataset declares them."""
+    """Return the rows, and the types of their columns; None if the records do not declare types."""
     if hasattr(records, "with_format"):  # a dataset may be set to return tensors or arrays
         features = getattr(records, "features", None)
         if features is None:  # of a mapped stream, where the nulls that Arrow added are unknown

@@ -1,14 +1,14 @@
 """Select the windows that are held out for evaluation, and read training and held-out tokens.
 
 All documents are packed into one stream of tokens. The hold-out is selected after all lengths are
-known, so that its share differs from the requested share by less than one window. There are two
-rules:
+known: the requested share is rounded to whole windows, such that at least one is held out and at
+least one is not. There are two rules:
 
-- *documents*: hold out whole documents, in the order of their keys (a salted hash of the content),
-  until they fill the requested windows. The rest of the last document is dropped.
+- *documents*: hold out whole documents, in the order of their keys (a salted hash of the first
+  bytes), until they fill the requested windows. Held-out tokens beyond these windows are dropped.
 - *windows*: if the documents are too few or too long for that, hold out the last windows of the
-  text, after a gap of one window (no gap in texts of fewer than ten windows). One document may have
-  tokens on both sides.
+  text, after a gap of one window (no gap in texts of fewer than ten windows, or if it would leave
+  no window for training). One document may have tokens on both sides.
 
 No token is written twice: training and held-out tokens are selections of the stream. The tables in
 `holdout/` contain the length of each document.
@@ -66,7 +66,8 @@ _DROPPED_SHARE = 0.02  # maximum share of the tokens that the rule "documents" m
 class DocumentTable:
     """Writer of a part's document table: key, number of tokens and of characters per document.
 
-    A document that spans two parts has a row in both tables; `opens` is true in the first.
+    A document that spans several parts has a row in the table of each; `opens` is true only in the
+    first.
     """
 
     def __init__(self, file: pq.ParquetWriter) -> None:
@@ -133,7 +134,7 @@ class Split:
         """Return the split for a JSON object from `to_json`.
 
         Raises:
-            KeyError, TypeError, ValueError: `to_json` cannot have returned the object.
+            KeyError, TypeError, ValueError: a value is missing, invalid or out of range.
         """
         windows = int(value["windows"])
         if value["rule"] == "documents":
@@ -177,7 +178,7 @@ def choose_split(
 
 
 class SelectedStream:
-    """Stream of the tokens in the `extents` of each part of a stream; threads may share it.
+    """Stream of the tokens that `extents` selects in each part of a stream; threads may share it.
 
     `lengths` contains the number of selected tokens in each part.
     """
@@ -278,9 +279,9 @@ def document_counts(
 ) -> tuple[int, int]:
     """Return the number of held-out documents and the number of their characters.
 
-    With the rule "windows", a document counts as held out if it begins in a held-out window, and
-    the characters of a row in a document table count if the row's first token is in one. The
-    arguments are those of `choose_split` and `divide`.
+    With the rule "windows", documents, and the characters of rows in a document table, count as
+    held out if they begin at or after the first held-out token. The arguments are those of
+    `choose_split` and `divide`.
 
     Raises:
         CorpusError: a table is damaged.
@@ -303,7 +304,7 @@ def _largest_key(tables: Path, lengths: Sequence[int], tokens: int) -> int:
     """Return the smallest key such that the documents up to it have at least `tokens` tokens.
 
     The first of two passes over the tables counts tokens by the leading bits of the key, so that
-    memory does not grow with the number of documents.
+    the second needs to collect only the keys with the leading bits of the result.
     """
     shift = np.uint64(64 - _BIN_BITS)
     by_bin = np.zeros(1 << _BIN_BITS, np.int64)

@@ -32,7 +32,7 @@ class LabelledRun(NamedTuple):
     """Consecutive tokens of a window that belong to one document."""
 
     label: str | None
-    """Label of the document; None if it has none."""
+    """Label of the document; None for a document without a label."""
     tokens: int
     """Number of tokens."""
 
@@ -44,11 +44,13 @@ class DocumentLabels:
         corpus: the packed corpus.
         data: text from which the corpus was packed, as for `open_source`.
         field: name of the field with the label, see `Fields.label`.
-        tokenizer: tokenizer with which the text was packed.
+        tokenizer: tokenizer with which the text was packed; for text, only its chat
+            template is compared.
         split: split that was packed, if the dataset has several.
 
     Raises:
-        IdentityMismatchError: the corpus was packed from other text, or with another tokenizer.
+        IdentityMismatchError: the corpus was packed from other text, with another chat template, or
+            from ids of another tokenizer.
         InvalidArgumentError: the text has no fields.
         CorpusError: the text cannot be read.
     """
@@ -111,7 +113,7 @@ class DocumentLabels:
         return self._source.portions(self._part_bytes)
 
     def _documents(self, part: int) -> tuple[list[str | None], NDArray[np.int64]]:
-        """Return the label and the end in the stream of each document that a part contains."""
+        """Return the labels of the documents in a part, and the documents' ends in the stream."""
         if part not in self._read:
             found = self._read_part(part)
             if len(self._read) > 1:  # a window may span two parts

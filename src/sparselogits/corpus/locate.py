@@ -50,7 +50,7 @@ class LeftOut:
     def in_words(self, one: str = "", several: str = "") -> str:
         """Return a phrase with the number of files, the reason and up to three names, for display.
 
-        The clause `one` follows the number 1, and the clause `several` any other number.
+        The clause `one` follows "1 file", and the clause `several` any other number of files.
         """
         few = ", ".join(self.names[:3]) + ", ..." * (len(self.names) > 3)
         files = f"1 file{one}" if len(self.names) == 1 else f"{len(self.names):,} files{several}"
@@ -74,11 +74,12 @@ def locate(data: str, split: str) -> Located:
 
     Args:
         data: path of a file, folder or saved dataset, pattern of paths, or name of a dataset on the
-            hub.
+            hub; `:CONFIGURATION` may follow a folder or a name.
         split: split to read, if the dataset has several.
 
     Raises:
-        CorpusError: no file is found, none can be read as text, or the split does not exist.
+        CorpusError: no file is found, the files are not text or tokens in a known format, or the
+            split does not exist.
     """
     path = Path(data).expanduser()
     base, _, configuration = data.rpartition(":")
@@ -149,7 +150,7 @@ def _format_of(path: Path) -> Format:
 
 
 def _require_honest_name(file: SourceFile) -> None:
-    """Validate that a file's content is of the kind that its name indicates.
+    """Reject a Git LFS pointer, and compressed, zip or Parquet data in a file named as text.
 
     Without Git LFS, a downloaded file contains only a pointer to its content; and a downloaded file
     may be compressed without the suffix of its compression.
@@ -181,7 +182,7 @@ def _kind_of(path: Path) -> str:
 
 
 def _folder(folder: Path, split: str, configuration: str | None) -> Located:
-    """Return the files in a folder that belong to one split and have one format."""
+    """Return the files in a folder that belong to one split: records of one format, or text."""
     found, reasons = _walk(folder)
     formats = {name: format_in_folder(Path(name)) for name in found}
     weak = {n: f for n in found if (f := format_with_weak_suffix(Path(n))) is not None}
@@ -290,7 +291,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _is_dataset(names: Sequence[str]) -> bool:
-    """Return whether `datasets` would read these files: they are records, or mostly .txt files.
+    """Return whether files form a dataset: some contain records, or most text files are .txt.
 
     Only such files are assigned to splits by name; a documentation page `testing.md` is no split.
     """
@@ -305,9 +306,9 @@ def _is_dataset(names: Sequence[str]) -> bool:
 
 
 def _of_one_format(names: Sequence[str], formats: Mapping[str, Format | None]) -> dict[str, Format]:
-    """Return the files of the most common format of records, or text files if there are no records.
+    """Return the files of one format of records, or all text files if there are no records.
 
-    `datasets` selects the format in the same way.
+    The format is that of the most common suffix, as in `datasets`.
     """
     known = {name: found for name in names if (found := formats[name]) is not None}
     # text files next to records describe them (a dataset's README.md)
@@ -393,7 +394,8 @@ def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
     """Return the Arrow files of a loaded `datasets.Dataset`; `name` is used in errors.
 
     Raises:
-        CorpusError: the dataset contains only some of its files' rows, or exists only in memory.
+        CorpusError: the dataset and its files have different numbers of rows, or it exists only in
+            memory.
     """
     paths = [Path(entry["filename"]) for entry in dataset.cache_files]
     rows = 0

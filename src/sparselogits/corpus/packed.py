@@ -1,7 +1,8 @@
 """Read any range of windows from a packed corpus on disk.
 
-`packer` describes the layout of the folder. Opening a corpus reads two small JSON files. Only a few
-row groups of tokens are in memory, whatever the size of the corpus.
+`packer` describes the layout of the folder. Opening a corpus reads two small JSON files. Besides
+the windows that are read, a few row groups of tokens and the hold-out ranges of a few parts are in
+memory.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ class Paths:
 class CorpusSummary:
     """Numbers of documents, characters and tokens in a packed corpus.
 
-    Tokens include separators, beginning-of-text tokens and dropped tokens. With the hold-out rule
-    "windows", a document counts as held out if it begins in a held-out window.
+    Tokens include separators, beginning-of-text tokens, padding and dropped tokens. With the
+    hold-out rule "windows", a document counts as held out if it begins at or after the first
+    held-out token.
     """
 
     documents: int
@@ -113,9 +115,9 @@ class CorpusSummary:
     holdout_dropped_tokens: int
     """Number of held-out tokens after the last held-out window."""
     blank_documents: int
-    """Number of documents that were not packed because they contain no text."""
+    """Number of documents that were not packed because they contain no text to train on."""
     holdout_rule: str | None = None
-    """Rule of the hold-out, "documents" or "windows"; None without a hold-out."""
+    """Rule of the hold-out, "documents" or "windows"; None without a hold-out, and in format 1."""
     split_documents: int = 0
     """Number of documents with both training and held-out tokens."""
 
@@ -141,7 +143,7 @@ class PackedCorpus:
         self.vocab_size: int = made_from["vocab_size"]
         rows = made_from["source"].get("tokens", {}).get("rows")
         self.pads_rows: bool = rows == "windows"
-        """Whether each window is a row of token ids, padded at the end."""
+        """Whether each window is a row of token ids, padded at the end if the row is shorter."""
         self.summary = CorpusSummary(**index["summary"])
         self.format: int = made_from["format"]
         self._training: _Stream
@@ -193,7 +195,7 @@ class PackedCorpus:
         return _reopen, (self.folder, self._holdout is self._training)
 
     def held_out_whole(self) -> PackedCorpus:
-        """Return a copy in which all training windows are held out, for text used in evaluation."""
+        """Return a copy whose held-out windows are all of the training windows, for evaluation."""
         other = copy(self)
         other._holdout, other.holdout_windows = self._training, self.windows
         return other
@@ -321,7 +323,7 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
 
     Raises:
         NoWindowsError: the text does not fill the required windows.
-        CorpusError: a part is damaged.
+        CorpusError: a part or a document table is damaged.
     """
     total, lengths, frequencies = Counts(), list[int](), np.zeros(vocab_size, np.int64)
     for number in range(parts):
@@ -403,7 +405,7 @@ def _require_windows(total: Counts, packing: Packing, split: Split | None) -> No
 
 
 def recorded_vocabulary(folder: Path) -> int | None:
-    """Return the vocabulary size in a folder's corpus.json; None if packing has not begun.
+    """Return the vocabulary size in a folder's corpus.json; None if there is none.
 
     Raises:
         CorpusError: corpus.json cannot be read.

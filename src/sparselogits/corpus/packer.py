@@ -10,8 +10,8 @@
 The source is divided into portions of about `PART_BYTES`, and each portion becomes one part of the
 stream. Portions depend only on the source and their size, so the bytes on disk depend neither on
 the number of processes nor on interruptions: a finished part is not written again, and an
-interruption costs at most one portion per process. The memory of a process is bounded by one batch
-of text and one row group of tokens. A packed corpus occupies about two bytes per token.
+interruption costs at most one portion per process. The memory of a process is about that of one
+batch of text and one row group of tokens. A packed corpus occupies about two bytes per token.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def pack(
 ) -> PackedCorpus:
     """Pack text into windows of tokens in a folder, or resume an interrupted call.
 
-    A complete corpus that was packed from the same inputs is opened and returned at once.
+    A complete corpus that was packed from the same inputs is opened, not packed again.
 
     Args:
         source: text from `open_source`.
@@ -88,8 +88,9 @@ def pack(
         The complete corpus.
 
     Raises:
-        CorpusError: the text cannot be read, is empty, or does not fill a window; an id lies
-            outside the vocabulary; or the folder contains other files.
+        CorpusError: the text cannot be read, is empty, or does not fill a window (two with a
+            hold-out); an id lies outside the vocabulary; the folder contains other files; or a
+            packing process was killed.
         IdentityMismatchError: `out` was packed from other text or with other settings (the message
             lists them), or the source's token ids were computed with another tokenizer.
         InvalidArgumentError: `processes` or `part_bytes` is less than 1, or joined rows of ids are
@@ -286,7 +287,7 @@ def _in_processes(
 
 
 class _StoppedError(Exception):
-    """Raised in a worker to abort its part after another worker or the parent has failed."""
+    """Raised in a worker to abort a part after an error in another worker or an interruption."""
 
 
 _worker: tuple[_Work, Any, Any]

@@ -1,4 +1,4 @@
-"""Cut documents into bounded pieces that yield the same tokens as the whole document.
+"""Cut documents into bounded pieces whose tokens are, if possible, those of the whole document.
 
 A document may be larger than memory, so it is tokenised in pieces. A cut changes the tokens near it
 (a split word, a space that belonged to the next word), and some tokenizers add a space before every
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sparselogits.errors import CorpusError
 
 PIECE_BYTES = 64 * 1024
-"""Maximum size of a piece without its margins, in bytes."""
+"""Maximum size of a piece without its margins, in bytes; a conversation may be a larger piece."""
 MARGIN_BYTES = 512
 """Maximum size of a margin, in bytes."""
 HEAD_BYTES = 64 * 1024
@@ -59,7 +59,7 @@ class Piece:
     stop: int
     """Index in `text` of the first character of the right margin."""
     key: int
-    """Key of the document, from `document_key`; equal in all of its pieces."""
+    """Key of the document, from `document_key`; the key of the first piece applies."""
     opens: bool = True
     """Whether this is the first piece of its document."""
     closes: bool = True
@@ -67,7 +67,7 @@ class Piece:
     carries_target: bool = True
     """Whether the tokens carry targets; false for a prompt if only completions do."""
     size: int = 0
-    """Number of bytes that the piece occupies in the source, for progress."""
+    """Number of bytes of the source that are counted with the piece, for progress."""
     learnt: tuple[tuple[int, int], ...] | None = None
     """Ascending ranges [start, stop) of characters in `text`; their tokens carry targets. None if
     `carries_target` applies to all tokens."""
@@ -76,7 +76,7 @@ class Piece:
     tokens: TokenRow | None = None
     """Tokens of a document that is given as token ids, with all separators; None for text."""
     label: str | None = None
-    """Label of the document, see `Fields.label`; None if it has none."""
+    """Label of the document, see `Fields.label`; None for a document without a label."""
 
     @property
     def whole(self) -> bool:
@@ -102,7 +102,8 @@ def blank_piece(size: int) -> Piece:
 def document_key(head: bytes) -> int:
     """Return the hash in [0, 2^64) of a document's first `HEAD_BYTES` bytes (UTF-8, or int32 ids).
 
-    The hash determines whether the document is held out, so copies of a document are on one side.
+    With the hold-out rule "documents", the hash determines whether the document is held out, so
+    copies of a document are on one side.
     """
     return int.from_bytes(hashlib.blake2b(_SALT + head[:HEAD_BYTES], digest_size=8).digest())
 
@@ -150,8 +151,8 @@ def next_cut(read: Read, start: int, stop: int) -> int:
 
     The end is `stop` if at most `PIECE_BYTES` bytes remain. Otherwise it lies in the second half of
     the next `PIECE_BYTES` bytes: after the last line break that is followed by text; if there is
-    none, before the last space between two words (tokenizers join the space with the next word, so
-    no token crosses the cut); otherwise before any character.
+    none, before the last space between two words (most tokenizers join the space with the next
+    word, so no token crosses the cut); otherwise between two characters.
     """
     if stop - start <= PIECE_BYTES:
         return stop

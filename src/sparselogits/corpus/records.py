@@ -4,9 +4,9 @@ A record contains text in one field, or a `prompt` and a `completion`, or a conv
 of them are present, the first that is not empty is used, in this order, so that one file may
 contain records of different forms. Prompt and completion are tokenised separately, as at inference;
 with `completion_only` the tokens of the prompt carry no targets. A conversation (`prompt` and
-`completion` may be messages, too) is rendered to one text by a chat template and tokenised at once,
-as transformers' `apply_chat_template` does; its completions are the assistant's turns. A record
-without text (with `completion_only`, without a completion) is counted but not packed.
+`completion` may be messages, too) is rendered to one text by a chat template and tokenised at once
+up to `CONVERSATION_BYTES`; without `completion`, its completions are the assistant's turns. A
+record without text (with `completion_only`, without a completion) is counted but not packed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Record(NamedTuple):
     where: Where
     """Function that returns the file name and position of the record."""
     size: int
-    """Number of bytes that the record occupies in the file, for progress."""
+    """Approximate number of bytes that the record occupies in the file, for progress."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Fields:
     text: str = "text"
     """Name of the field with plain text or a conversation."""
     completion_only: bool = False
-    """Whether only completions carry targets; records of plain text are then rejected."""
+    """Whether only completions carry targets; records with only plain text are then rejected."""
     chat: ChatTemplate | None = None
-    """Template that renders conversations to text; None if the tokenizer has no template."""
+    """Template that renders conversations to text; None if there is none, or before `read_by`."""
     tokens: TokenReading | None = None
     """Settings for reading token ids; None if the records contain text."""
     label: str | None = None
@@ -87,10 +87,10 @@ class Fields:
         return list(dict.fromkeys([*wanted, *extras, *labels]))
 
     def chosen(self, record: Mapping[str, Any], where: Where) -> list[str]:
-        """Return the names of the fields that contain a record's text.
+        """Return the names of the fields that contain a record's text, which may be empty.
 
         Raises:
-            CorpusError: no field contains text; the message contains the record's fields.
+            CorpusError: the record has no such fields; the message contains those that it has.
         """
         forms = self._forms(record)
         if self.completion_only and _is_list_of_objects(record.get(self.text)):
@@ -120,7 +120,7 @@ class Fields:
         """Return the label of a record as text; None if it has none (absent, null or NaN).
 
         Raises:
-            CorpusError: the value is a list or an object, or too long for a label.
+            CorpusError: the value is not text, a number or a boolean, or too long for a label.
         """
         value: Any = record
         for name in self._label_path(record):
@@ -187,8 +187,8 @@ def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
     """Yield the pieces of a record's text; a record without text yields one blank piece.
 
     Raises:
-        CorpusError: a field is missing or does not contain text, or the chat template cannot render
-            the conversation.
+        CorpusError: a field is missing or invalid, or the chat template cannot render the
+            conversation.
     """
     values, where, size = record
     if fields.tokens is not None:

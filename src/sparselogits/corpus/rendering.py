@@ -3,7 +3,8 @@
 The text is the template's rendering of the whole conversation. The loss mask, as ranges of
 characters, is determined by the first of these methods that applies:
 
-- **Generation blocks.** A template with `{% generation %}` blocks marks the generated text.
+- **Generation blocks.** A template with `{% generation %}` blocks marks the generated text. This
+  method does not apply to records of `prompt` and `completion`.
 - **Prefixes.** Most templates append turns, so the rendering of the first messages is a prefix of
   the whole text. An assistant's turn is the text after the rendering of the previous messages with
   `add_generation_prompt`, including the end of the turn.
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
-"""Message of a conversation, with `role`, `content` and further fields."""
+"""Message of a conversation, with `role`, usually `content`, and further fields."""
 
 CharacterRange = tuple[int, int]
 """Range [start, stop) of characters."""
@@ -73,7 +74,7 @@ _ADVICE = (
 
 
 class RenderError(Exception):
-    """Raised if a chat template cannot render a record; the message is shown to the user."""
+    """Raised if a record's text or loss mask cannot be determined; the user sees the message."""
 
 
 class Renderer:
@@ -92,7 +93,7 @@ class Renderer:
         """Return a conversation's text and the character ranges of the loss mask.
 
         The request contains the fields of a `Conversation`, and `masked`, which states whether to
-        determine the loss mask.
+        determine the loss mask; otherwise there are no ranges.
 
         Raises:
             RenderError: the template raises an error, or the loss mask cannot be determined.
@@ -113,7 +114,7 @@ class Renderer:
         return text, _union(_Turns(render, messages, text).ranges())
 
     def _readable(self, render: _BoundTemplate, messages: Sequence[Message]) -> list[Message]:
-        """Convert the content of messages to a form that the template supports.
+        """Convert the content and tool calls of messages to a form that the template supports.
 
         Content may be text or a list of parts. A template that supports only one form writes the
         other in Python's notation or omits it.
@@ -171,7 +172,7 @@ class _Turns:
         return start, end
 
     def _end_with_stop_token(self, start: int, end: int) -> int:
-        """Return the end of a turn including its stop token.
+        """Return the end of a turn including its stop token, if there is one.
 
         Some templates (GLM's) write no end-of-turn token, because the model stops by generating the
         next message's role token.
@@ -188,7 +189,8 @@ class _Turns:
     def _position_of(self, number: int, marked: Message) -> int | None:
         """Return the marker's position in the text, given a marked copy of message `number`.
 
-        The result is None if the template writes the marker nowhere, or changes the text with it.
+        The result is None if the template fails, does not write the marker exactly once, or changes
+        the text with it.
         """
         before, after = self._messages[:number], self._messages[number + 1 :]
         return self._render.marker_position([*before, marked, *after], self._text)
@@ -223,7 +225,7 @@ class _Turns:
         )
 
     def _start(self, number: int, end: int, *, opened: bool = True) -> int:
-        """Return the start of an answer, at most `end`.
+        """Return the start of an answer that ends at `end`.
 
         If `opened`, the answer follows a generation prompt, which is not part of the answer.
         """
@@ -249,10 +251,10 @@ class _Turns:
         )
 
     def _start_from_example(self, number: int) -> int | None:
-        """Return the start of an answer, located by the generation prompt in an example.
+        """Return the start of an answer, located by the generation prompt in an example; or None.
 
-        This is used for an assistant's message that begins a conversation, because there are no
-        earlier messages to render with a generation prompt.
+        This is used if the other methods fail, as for an assistant's message that begins a
+        conversation, where there are no earlier messages to render with a generation prompt.
         """
         marked = self._render.with_marker(self._messages[number])
         positions = (self._position_of(number, message) for message in marked)
@@ -299,8 +301,9 @@ class _Turns:
     def _shared_prefix(self, prompt: str, text: str) -> int:
         """Return the length of the common prefix of a text and a generation prompt, in characters.
 
-        The prompt may differ after that (by a `<think>` that the text lacks). The prefix ends after
-        white space or a special token, so that the first letters of an answer are not part of it.
+        The prompt may differ after that (by a `<think>` that the text lacks). The prefix then ends
+        after white space or an added token, so that the first letters of an answer are not part of
+        it.
         """
         if text.startswith(prompt):
             return len(prompt)
@@ -349,7 +352,8 @@ class _BoundTemplate:
     ) -> int | None:
         """Return the marker's position in the rendering of messages that contain it.
 
-        The result is None if the rendering does not equal `plain` after the marker is removed.
+        The result is None if the template fails or does not write the marker exactly once, or if
+        the rendering does not equal `plain` after the marker is removed.
         """
         text = self.attempt(messages, opened=opened)
         if text is None or text.count(self.marker) != 1:
@@ -404,7 +408,7 @@ class _BoundTemplate:
 
 
 def _without_python(render: _BoundTemplate, messages: Sequence[Message]) -> list[Message]:
-    """Return messages in a form that the template writes without Python's notation.
+    """Return messages in a form that the template writes without Python's notation, if possible.
 
     Messages that the template cannot render in any form are returned unchanged.
     """
@@ -446,7 +450,7 @@ def _improves(message: Message, text: str, other: str) -> bool:
 
 
 def _python_values(message: Message, text: str) -> int:
-    """Return how many of a message's values a text shows in Python's notation."""
+    """Return how often a text shows values of a message in Python's notation."""
     values = [message.get("content"), *(inner.get("arguments") for inner in _functions(message))]
     count = 0
     for value in values:
@@ -466,7 +470,7 @@ def _in_text(message: Message) -> Message:
 
 
 def _in_parts(message: Message) -> Message:
-    """Return a message with content as a list of parts; text becomes a list of one part."""
+    """Return a message with text content as a list of one part; other content is unchanged."""
     content = message.get("content")
     if not isinstance(content, str):
         return message
@@ -507,7 +511,7 @@ def _wants_parts(render: _BoundTemplate) -> bool:
 
 
 def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
-    """Yield (path of keys, text) for each text in a message that a template may write."""
+    """Yield (path of keys, text) for texts in a message at which to insert a marker."""
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         yield ["content"], content
@@ -572,7 +576,7 @@ _cpu_seconds = 0
 def _set_timer(name: str, seconds: int) -> None:
     """Start the timer `name`, which ends this process after `seconds`; 0 stops the timer.
 
-    Do nothing in a process that does not run `serve`.
+    Do nothing in a process that does not run `serve`, or on a platform without such timers.
     """
     if _cpu_seconds and hasattr(signal, "setitimer"):
         signal.setitimer(getattr(signal, name), seconds)
@@ -581,8 +585,8 @@ def _set_timer(name: str, seconds: int) -> None:
 def serve(cpu_seconds: int, memory_bytes: int, idle_seconds: int) -> None:
     """Render the conversations read from standard input, and write the results to standard output.
 
-    A request and its answer are one line of JSON each. The first request contains the chat
-    template. The arguments are the limits that `chat` defines.
+    A request and its answer are one line of JSON each. The first request contains a chat template,
+    and a later one may contain another. The arguments are the limits that `chat` defines.
     """
     global _cpu_seconds
     import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)

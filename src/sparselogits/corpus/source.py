@@ -71,16 +71,17 @@ class Source:
 
     @cached_property
     def size(self) -> int:
-        """Total size of the files, in bytes."""
+        """Total size of `files`, in bytes, without the further files of token formats."""
         return sum(file.path.stat().st_size for file in self.files)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal sha256 of every file's relative name, format, size and content samples.
 
-        Samples are the first and last 64 KiB and sixteen blocks in between. A change outside the
-        samples that does not change the size is not detected. Times and absolute paths are not
-        hashed, so a copy of the files has the same fingerprint.
+        Samples are the first and last 64 KiB and sixteen blocks of 4 KiB in between, or the whole
+        of a small file. A change outside the samples that does not change the size is not detected.
+        Times and absolute paths are not hashed, so a copy of the files under the same relative
+        names has the same fingerprint.
         """
         digest = hashlib.sha256()
         for file in self.files:
@@ -127,10 +128,11 @@ class Source:
     def read_by(
         self, tokenizer: Any, packing: Packing | None = None, vocab_size: int = 0
     ) -> Source:
-        """Return a copy of the source with the settings for packing; `pack` calls this method.
+        """Return the source with the settings for packing; `pack` calls this method.
 
-        The copy renders conversations with the tokenizer's chat template, and `to_json` of the copy
-        contains the hash of the template.
+        Conversations are then rendered with the tokenizer's chat template, if it has one, and
+        `to_json` contains the hash of the template. Token ids are validated with `packing` and
+        `vocab_size`.
 
         Args:
             tokenizer: a transformers tokenizer.
@@ -183,7 +185,7 @@ class Source:
                 yield from span.file.format.pieces(span, self.fields)
 
     def documents(self) -> Iterator[str]:
-        """Yield every document that is not blank as one string, for inspection of a corpus."""
+        """Yield each document of text that is not blank as one string, to inspect a corpus."""
         parts: list[str] = []
         for portion in self.portions(1 << 62):
             for piece in self.pieces(portion):
@@ -222,8 +224,10 @@ def open_source(
         work: folder to which given records are written; None for one in the user's cache folder.
 
     Raises:
-        CorpusError: the text does not exist, the folder contains no text, or a file cannot be read.
-        InvalidArgumentError: an option for text is given with token ids, or the reverse.
+        CorpusError: the text does not exist, the folder contains no text, a file cannot be read, or
+            the files are of another kind than the options require.
+        InvalidArgumentError: `completion_only` is given with `tokenized_by`, or `join_rows` without
+            `tokenized_by`.
         StorageError: given records cannot be written to `work`.
 
     Example:

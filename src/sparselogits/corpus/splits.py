@@ -1,8 +1,8 @@
 """Divide the files of a folder into splits, by the rules of `datasets`.
 
 The rules (keywords in names and folders, `data/SPLIT-00000-of-00001`, `configs` in README.md) are
-those of `datasets.load_dataset`, and the functions of `datasets` apply them to the file names. So
-both libraries read the same files, and no pattern can select a file outside the folder.
+those of `datasets.load_dataset`, and the functions of `datasets` apply them to the file names.
+Patterns are compared with the names only, so no pattern can select a file outside the folder.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
         The splits; None if neither README.md nor the names divide the files.
 
     Raises:
-        CorpusError: README.md does not contain the configuration, has several and no default, or
-            the patterns of the configuration are invalid.
+        CorpusError: README.md does not contain the configuration, has several without exactly one
+            default, or the patterns of the configuration are invalid.
     """
     configurations = _configurations(folder)
     if configuration is None and not configurations and not any(map(_KEYWORD.search, names)):
@@ -84,7 +84,7 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
-    """Return the names that `datasets.data_files.resolve_pattern` would return, at least one."""
+    """Return the names that match a pattern, or raise FileNotFoundError if there are none."""
     from datasets.data_files import FILES_TO_IGNORE
     from fsspec.utils import glob_translate
 

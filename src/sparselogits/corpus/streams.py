@@ -6,9 +6,9 @@ processes, and windows need no second pass over the tokens. Parts are compressed
 groups of `GROUP_TOKENS` tokens; reading a random window usually decodes one or two row groups.
 
 Columns: `token` int32; `document_start` bool; `learnt` bool (whether the token carries a target),
-absent if all tokens do. The footer contains the part's `Counts` as JSON, and the frequency of each
-id. A part is written completely or not at all (`sparselogits.files`), so a part that exists is
-complete.
+absent in text without a loss mask. The footer contains the part's `Counts` as JSON, and the
+frequency of each id. A part is written completely or not at all (`sparselogits.files`), so a part
+that exists is complete.
 
 Packed text is distributed with a cache, so a part may be an untrusted file. The sizes claimed by
 its footer and page headers are validated before Parquet's reader allocates them.
@@ -41,7 +41,7 @@ from sparselogits.thrift import CompactReader
 from sparselogits.untrusted import open_regular, parse_json
 
 GROUP_TOKENS = 1 << 14
-"""Number of tokens per row group."""
+"""Maximum number of tokens per row group."""
 
 _CACHED_GROUPS = 8
 _LARGEST_COLUMN = 8 * GROUP_TOKENS + 1024  # bytes per row group; a row has at most eight
@@ -60,7 +60,7 @@ class Counts:
     documents: int = 0
     """Number of documents that begin in the part; a row of token ids counts as one document."""
     blank_documents: int = 0
-    """Number of documents that are not packed because they contain no text."""
+    """Number of documents that are not packed because they contain no text to train on."""
     characters: int = 0
     """Number of characters in the text."""
     tokens: int = 0
@@ -78,7 +78,7 @@ class Tokens(NamedTuple):
     starts: NDArray[np.bool_]
     """Whether each token is the first of a document, bool [N]."""
     learnt: NDArray[np.bool_] | None
-    """Whether each token carries a target, bool [N]; None if all tokens do."""
+    """Whether each token carries a target, bool [N]; None in text without a loss mask."""
 
     def cut(self, start: int, stop: int | None = None) -> Tokens:
         """Return the tokens [start, stop), or all from `start` on, as views of these arrays."""

@@ -32,7 +32,7 @@ _BUILT_IN: tuple[Format, ...] = (
 
 @cache
 def known_formats() -> tuple[Format, ...]:
-    """Return all formats of this package and of other installed packages."""
+    """Return the formats of this package and the valid ones that other packages declare."""
     found = list(_BUILT_IN)
     for declared in load_declared(GROUP, "document format", partial(_validated, known=found)):
         found.append(declared)
@@ -64,7 +64,10 @@ def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
 
 
 def format_in_folder(path: Path) -> Format | None:
-    """Return the format in which a file of a folder is read; None if such files are not read."""
+    """Return the format whose `suffixes` contain the suffix of a file; None if there is none.
+
+    The format of a compressed file must be `compressible`, but may have the suffix as a weak one.
+    """
     suffix = content_suffix(path)
     if is_compressed(path):
         matching = (f for f in known_formats() if f.compressible and suffix in f.all_suffixes)
@@ -79,9 +82,9 @@ def format_with_weak_suffix(path: Path) -> Format | None:
 
 
 def format_of_named_file(path: Path) -> Format | None:
-    """Return the format of a file that the user names explicitly; None for compressed text.
+    """Return the format of a named file; None for a compressed file of no compressible format.
 
-    A file with an unknown suffix is read as text.
+    A file with an unknown suffix that is not compressed is read as text.
     """
     found = format_in_folder(path)
     if found is None and not is_compressed(path):

@@ -1,12 +1,12 @@
 """Decompress files as a stream, in bounded memory.
 
 Files in practice are concatenated, truncated or padded. Consecutive members (gzip), streams (bzip2,
-xz) or frames (zstd) are read as one text. A file that ends inside one of these parts is rejected as
-incomplete, and so is a file with data other than zero bytes after the last part.
+xz) or frames (zstd) are read as one text. A file that ends inside one of these parts is rejected,
+and so is a file with data other than zero bytes after the last part.
 
-At most `_BLOCK_BYTES` are decompressed at a time, independently of the compression ratio. A zstd
-frame also needs memory for its window, up to 2 GiB (`zstd --long=31`), and an xz stream for its
-dictionary, up to `_XZ_MEMORY`.
+At most `_BLOCK_BYTES` (64 MiB for zstd) are decompressed at a time, whatever the compression ratio.
+A zstd frame also needs memory for its window, up to 2 GiB (`zstd --long=31`), and an xz stream for
+its dictionary, up to `_XZ_MEMORY`.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class Compression(NamedTuple):
     """Compression format of the files with one suffix."""
 
     magic: bytes
-    """First bytes of every file in this format."""
+    """First bytes of most files in this format."""
     decompressor: Callable[[], Any]
     """Function that returns a new decompressor with the interface of `bz2.BZ2Decompressor`."""
     step: int = 1 << 16
-    """Number of input bytes per call of the decompressor."""
+    """Maximum number of input bytes per call of the decompressor."""
 
 
 COMPRESSIONS = {

@@ -24,8 +24,8 @@ class SourceFile:
     path: Path
     """Path of the file on this machine."""
     name: str
-    """Path relative to the folder that the user named, with forward slashes; it does not change
-    when the folder is moved."""
+    """Path relative to the folder that the user named, or that begins a pattern; otherwise the
+    file's name. It has forward slashes, and does not change when the folder is moved."""
     format: Format
     """Format in which the file is read."""
 
@@ -45,7 +45,7 @@ class Span:
     stop: int
     """Index in the file of the unit after the span's last unit."""
     size: int
-    """Size of the range in bytes, for progress and for dividing a source into equal portions."""
+    """Approximate size of the range in bytes, for progress and for division into portions."""
     document: int = 0
     """Offset at which the document at `start` begins (text only)."""
 
@@ -64,10 +64,11 @@ class Format:
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Suffixes, in lower case, of files that are read in folders and by name."""
     weak_suffixes: ClassVar[tuple[str, ...]] = ()
-    """Suffixes that files of other kinds often have, too; such a file is read if the user names it,
-    if its name assigns it to a split, or if its folder contains no other text."""
+    """Suffixes that files of other kinds often have, too; such a file, if it is not compressed, is
+    read if the user names it, if its name assigns it to a split, or if the named folder contains no
+    other text."""
     named_suffixes: ClassVar[tuple[str, ...]] = ()
-    """Suffixes of files that are read only if the user names the file."""
+    """Suffixes of files that are read if the user names them, but ignored in folders."""
     holds_records: ClassVar[bool] = True
     """Whether files contain records with named fields, or token ids, instead of plain text."""
     compressible: ClassVar[bool] = False
@@ -79,7 +80,7 @@ class Format:
 
     @property
     def all_suffixes(self) -> tuple[str, ...]:
-        """Suffixes of all files that are read if the user names them."""
+        """All suffixes by which a file that the user names is assigned to this format."""
         return (*self.suffixes, *self.weak_suffixes, *self.named_suffixes)
 
     def files(self, path: Path) -> tuple[Path, ...]:
@@ -110,7 +111,7 @@ class Format:
                 fields.
 
         Raises:
-            CorpusError: the span cannot be read; the message contains the file and the position.
+            CorpusError: the span cannot be read; the message contains the file.
         """
         raise NotImplementedError
 
@@ -122,7 +123,7 @@ class Format:
             fields: names of the fields that contain text.
 
         Raises:
-            CorpusError: the span cannot be read, or a record has no text field.
+            CorpusError: the span cannot be read, or a record cannot be converted to text or tokens.
         """
         for record in self.records(span, fields):
             for piece in record_pieces(record, fields):

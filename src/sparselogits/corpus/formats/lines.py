@@ -20,8 +20,8 @@ from sparselogits.corpus.records import Fields, Record, Where
 from sparselogits.errors import CorpusError
 
 LONGEST_LINE = 1 << 30
-"""Maximum length in bytes of a line in a compressed file. Without a limit, a small file could
-exhaust the memory."""
+"""Length in bytes from which a line in a compressed file is rejected. Without a limit, a small file
+could exhaust the memory."""
 
 
 class LineFormat(Format):
@@ -36,7 +36,7 @@ class LineFormat(Format):
         """Return the values of a line by field name.
 
         Args:
-            line: a line that is not blank, with its line break.
+            line: a line that is not blank, with its line break if it has one.
             where: function that returns the file name and the number of the line, for errors.
 
         Raises:
@@ -88,7 +88,7 @@ class JsonLines(LineFormat):
 
 
 def _plain_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield (line, function that returns its position, length in bytes) for each line in a span."""
+    """Yield (line, function that returns its position, bytes) for lines that begin in a span."""
     path, name = span.file.path, span.file.name
     with path.open("rb") as handle:
         handle.seek(max(span.start - 1, 0))
@@ -100,7 +100,7 @@ def _plain_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
 
 
 def _compressed_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield the lines of a compressed file as `_plain_lines` does, but with compressed lengths."""
+    """Yield lines as `_plain_lines` does; the length is the number of compressed bytes read."""
     path, name = span.file.path, span.file.name
     done = number = 0
     with path.open("rb") as raw:

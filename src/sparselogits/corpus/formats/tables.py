@@ -1,7 +1,7 @@
 """Read Parquet files, and the Arrow files of `datasets`, with one record per row.
 
-Only the required columns are read, a few rows at a time, so memory is bounded by the largest page
-of a Parquet column, or by the largest record batch of an Arrow file.
+Only the required columns are read, a few rows at a time, so memory depends on the largest pages of
+the Parquet columns, or on the largest record batch of an Arrow file, not on the size of the file.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Arrow(Format):
 
 @contextmanager
 def _arrow_errors(what: str, advice: str) -> Iterator[None]:
-    """Convert pyarrow's errors within a block to a `CorpusError`."""
+    """Convert `OSError` and pyarrow's errors within a block to a `CorpusError`."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -197,12 +197,12 @@ def _numbers(scalar: pa.Scalar) -> Any:
 
 
 def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
-    """Convert a value from a column to plain JSON values.
+    """Convert a value from a column: dates and decimals to text, nested values to dicts and lists.
 
-    Arrow adds to every object of a column the fields of all other objects, with null values; these
-    fields are removed. Columns that `datasets` stores as JSON text (its `Json` feature) are decoded
-    with their nulls, which are part of the text; `decoded` states that they already are, as in the
-    rows of `datasets`.
+    Arrow adds to every object of a column the fields of all other objects, with null values; fields
+    that are null are therefore removed. Columns that `datasets` stores as JSON text (its `Json`
+    feature) are decoded with their nulls, which are part of the text; `decoded` states that they
+    already are, as in the rows of `datasets`.
     """
     if value is None:
         return None

@@ -13,7 +13,7 @@ does; an incomplete window at the end is not read. In the third, each sequence i
 (`token_rows`).
 
 The files are untrusted: the sizes that a file claims are compared with its size before it is read,
-and memory is bounded by a window, or by `_BLOCK` ids of a joined sequence.
+and memory is bounded by a window, or by `_BLOCK` ids or sequences in the third.
 """
 
 from __future__ import annotations
@@ -117,12 +117,15 @@ class _Stream(TokenFormat):
                 )
 
     def _starts(self, ids: _Array, reading: TokenReading) -> _Array | None:
-        """Return the positions after 0 at which documents begin, for a file without `ends`."""
+        """Return the positions after 0 at which documents begin, for a file without `ends`.
+
+        The result is None if the ids do not mark documents.
+        """
         return None
 
 
 class Datatrove(_Stream):
-    """Format of datatrove's `.ds` files; nanotron's windows are its sequence length plus one."""
+    """Format of datatrove's `.ds` files; nanotron reads windows of its sequence length plus one."""
 
     name = "datatrove"
     weak_suffixes = (".ds",)
