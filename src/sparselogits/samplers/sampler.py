@@ -327,18 +327,24 @@ class Sampler(ABC):
         return {name: getattr(self, name) for name in self.declared()}
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return the largest valid sum of a position's weights; readers of a cache enforce it."""
+        """Return the largest valid sum of a position's weights.
+
+        A cache's codec enforces it, unless weights are counts or share tau (`bounds.mass_bound`).
+        """
         return float(vocab_size) ** 4
 
     def expected_entries(self, pilot: Pilot) -> float:
         """Return the mean entries per position on pilot windows.
 
-        This method draws from the windows; a sampler with a formula overrides it.
+        This method draws from a few of the windows; a sampler with a formula overrides it.
         """
         return pilot.drawn_entries(self)
 
     def of_size(self, size: int) -> Self:
-        """Return a copy whose budget parameter is `size`; a larger size gives more entries."""
+        """Return a copy whose budget parameter is `size`.
+
+        The mean entries per position of a larger size are at least as many.
+        """
         assert self.budget_parameter is not None
         return dataclasses.replace(self, **{self.budget_parameter: size})  # type: ignore[type-var]
 
@@ -361,14 +367,15 @@ class Sampler(ABC):
         return (self.budget_parameter,)
 
     def fitted(self, pilot: Pilot, budget: float | None) -> Self:
-        """Return a copy with the fields of `left_open` fitted on pilot windows.
+        """Return the sampler with the fields of `left_open` fitted on pilot windows.
 
         Args:
             pilot: pilot windows.
-            budget: mean entries per position; None for no budget.
+            budget: mean entries per position, which `left_open` accepts; None for no budget.
 
         Raises:
-            InvalidArgumentError: the budget cannot be met, or there are no pilot positions.
+            InvalidArgumentError: the budget is below 1 or cannot be met, or there are no pilot
+                positions to fit it on.
         """
         from sparselogits.samplers.budget import size_for_budget
 

@@ -3,8 +3,8 @@
 "distance" is the total variation distance between the distributions of teacher and student.
 "variance" is the variance of the student's unembedding row for a token drawn from the teacher, that
 is, the noise of one independent round in the student's hidden space. For a given total number of
-rounds, the total variance is least if the number of rounds at each position is proportional to the
-square root of the variance there.
+independent rounds, the total variance is least if the number of rounds at each position is
+proportional to the square root of the variance there.
 
 Cost: the distance needs a forward pass of the student, with its head, over every window; the
 variance needs only products with the student's unembedding.
@@ -52,6 +52,7 @@ class StudentSignal:
 
         Raises:
             InvalidArgumentError: the signal is unknown, or the head cannot be run separately.
+            TeacherError: the model has no language-model head.
 
         Examples:
             >>> from sparselogits.teacher.loading import load_language_model
@@ -74,6 +75,7 @@ class StudentSignal:
             InvalidArgumentError: the description names no checkpoint, or the student's head cannot
                 be run separately.
             IdentityMismatchError: the checkpoint's weights differ from the recorded fingerprint.
+            TeacherError: the checkpoint cannot be loaded, or has no language-model head.
         """
         if named.student is None:
             raise InvalidArgumentError(
@@ -115,7 +117,7 @@ class StudentSignal:
             logits: logits of the teacher, float [P, V].
 
         Raises:
-            InvalidArgumentError: the signal is the distance and `at` was not called for these
+            InvalidArgumentError: the signal is the distance and there are no hidden states of P
                 positions, or the student's vocabulary is smaller than V.
         """
         teacher = logits.float().softmax(-1)

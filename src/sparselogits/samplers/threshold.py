@@ -31,8 +31,8 @@ class Threshold(Sampler):
     """Sampler that selects tokens of probability tau or more, and draws others with weight tau.
 
     Args:
-        tau: smallest probability that is stored exactly, in [2**-20, 1]. A position has at most
-            1 / tau + 1 entries.
+        tau: smallest probability with which a token is always selected, in [2**-20, 1]. A position
+            has at most 1 / tau + 1 entries.
 
     Examples:
         >>> import torch

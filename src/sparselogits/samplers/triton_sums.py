@@ -65,7 +65,7 @@ def block_sums(logits: Tensor, exponent: float, with_moment: bool) -> Sums:
 def relative_sums(
     logits: Tensor, slope: float, with_moment: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute each block's largest logit, and its sum and moment relative to it; see the kernel.
+    """Compute the largest logit of each block, and sums and moments relative to it; see the kernel.
 
     Args:
         logits: as for `block_sums`.
@@ -148,7 +148,7 @@ def _on_grid(x):
 
 
 def is_accurate(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the kernel's sums of random logits are within `TOLERANCE` of float64."""
+    """Return whether sums and moments of random logits are within `TOLERANCE` of float64."""
     single = torch.float32
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 4096, generator=generator, dtype=single, device="cpu")

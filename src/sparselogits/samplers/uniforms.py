@@ -50,9 +50,9 @@ def thinning_starts(
     """Choose, per position, the subset of the cached rounds that an epoch trains on.
 
     Over any `stride` consecutive epochs a position uses each subset once, so the average of the
-    targets over these epochs is exactly the cached target. Consecutive epochs are about 0.618 of
-    the cycle apart, so the average over a few epochs is already close to the cached target. The
-    first subset is random.
+    targets over these epochs is the cached target. The step between consecutive epochs is the next
+    number from about 0.618 * stride on that has no factor in common with `stride`, so the average
+    over a few epochs is already close to the cached target. The first subset is random.
 
     Args:
         seed: random seed of the training run, in [0, 2**64).

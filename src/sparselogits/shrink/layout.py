@@ -1,7 +1,8 @@
 """Determine which dimensions of a model's tensors depend on which size of its configuration.
 
 Models without data (on torch's "meta" device) are created by the model's class with another value
-of one size; the dimensions that differ depend on that size. The order of rows in fused projections
+of one size; the dimensions that change in proportion depend on that size. In GPT-2, heads and
+hidden size are found by the names of the tensors instead. The order of rows in fused projections
 cannot be determined from shapes; `slicing.order_of` tries the possible orders.
 """
 
@@ -111,7 +112,8 @@ def sizes_of(model: nn.Module) -> Sizes:
         model: a transformers language model.
 
     Raises:
-        ShrinkError: If the configuration does not contain the sizes.
+        ShrinkError: If the configuration lacks the number of blocks, the hidden size or the
+            number of heads; other sizes have defaults.
     """
     config = text_config(model.config)
     try:
@@ -207,7 +209,10 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
 def _changes(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], sizes: dict[str, int]
 ) -> list[tuple[str, int, int, int]]:
-    """Return (tensor, dimension, old length, new length) per dimension that `sizes` changes."""
+    """Return (tensor, dimension, old length, new length) per dimension that `sizes` changes.
+
+    The list is empty if the model cannot be created with these sizes.
+    """
     try:
         with torch.device("meta"):
             other: nn.Module = type(model)(resized(model, sizes))
@@ -222,7 +227,7 @@ def _changes(
 
 
 def _channels_name(config: Any) -> str:
-    """Return the name of the configuration field that contains the number of MLP channels."""
+    """Return the name of the field for MLP channels; "intermediate_size" if none is known."""
     return next((name for name in _CHANNEL_NAMES if hasattr(config, name)), _CHANNEL_NAMES[0])
 
 
@@ -248,7 +253,7 @@ def _add_gpt2(
     sizes: Sizes,
     layers: str,
 ) -> None:
-    """Add GPT-2's dimensions, because its shapes do not distinguish heads from the hidden size."""
+    """Add GPT-2's dimensions of heads and hidden size, which its shapes do not distinguish."""
     for name, shape in shapes.items():
         dimensions = found.setdefault(name, [])
         taken = {d.dim for d in dimensions}

@@ -39,10 +39,11 @@ class ShrinkTarget:
             architecture: name of the teacher's class, for errors.
 
         Returns:
-            The target; for models that couple hidden size and heads, with both of them set.
+            The target; if the model couples hidden size and heads, with both or neither set.
 
         Raises:
-            ShrinkError: If sizes are out of range, or the architecture does not support them.
+            ShrinkError: If sizes are out of range or contradict each other, or the architecture
+                does not support them.
         """
         sizes = layout.sizes
         if self.layers is not None and self.drop_layers is not None:
@@ -79,7 +80,7 @@ class ShrinkTarget:
         return target
 
     def _coupled(self, sizes: Sizes) -> ShrinkTarget:
-        """Return the target with hidden size and heads computed from each other."""
+        """Return the target with hidden size or heads computed if only the other one is given."""
         hidden, heads = self.hidden, self.heads
         if hidden is None and heads is None:
             return self
@@ -122,7 +123,7 @@ class Kept:
         )
 
     def sizes(self, layout: Layout) -> dict[str, int]:
-        """Return the student's sizes that pruning sets, by name."""
+        """Return the student's sizes that pruning sets, except the number of blocks, by name."""
         found = {}
         if self.channels is not None:
             found["channels"] = len(self.channels[0])

@@ -19,7 +19,7 @@ _NAMES = {
 
 
 def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
-    """Save a student with configuration, tokenizer and model card, completely or not at all.
+    """Save a student with configuration, tokenizer and model card; see `files.whole_folder`.
 
     Args:
         shrunk: pruned student.
@@ -28,8 +28,8 @@ def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
         teacher: name of the teacher, for the card.
 
     Raises:
-        StorageError: If the disk is full or cannot be written; no files remain.
-        InvalidArgumentError: If the folder is not empty.
+        StorageError: If the disk is full or cannot be written.
+        InvalidArgumentError: If `out` is a file, or a folder that is not empty.
     """
     with whole_folder(out) as folder:
         shrunk.model.save_pretrained(folder)  # type: ignore[operator]

@@ -5,8 +5,8 @@
 - MLP channels and groups of attention heads: root mean square over positions of the norm of what a
   unit adds to the result of the output projection. For a channel, this norm is the activation times
   the norm of a column of the projection (Minitron, arXiv 2407.14679, uses the activation alone).
-- Channels of the residual stream: root mean square of the normalised activations over positions
-  and normalisations (Minitron).
+- Channels of the residual stream: root of the mean square over positions of the normalised
+  activations, summed over normalisations (Minitron).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ module's docstring."""
 def spaced_layers(count: int, total: int) -> tuple[int, ...]:
     """Return the indices of evenly spaced blocks, from the first one to the last one.
 
-    Six of twelve blocks are those of DistilBERT: 0, 2, 4, 7, 9 and 11.
+    A single block is the first one. Six of twelve blocks are those of DistilBERT: 0, 2, 4, 7, 9 and
+    11.
 
     Args:
         count: number of blocks to retain.
@@ -52,7 +53,7 @@ def spaced_layers(count: int, total: int) -> tuple[int, ...]:
 def layer_influence(
     model: nn.Module, layout: Layout, windows: Tensor, *, progress: Progress | None = None
 ) -> list[float]:
-    """Return the influence of each block, in [0, 2]; 0 for a block that does not change its input.
+    """Return the influence of each block, in [0, 2]; 0 if no input vector changes its direction.
 
     Args:
         model: a transformers language model.
@@ -81,7 +82,8 @@ def layer_losses(
 ) -> list[float]:
     """Return, for each block, the loss of the model without that block, in nats per token.
 
-    This takes one pass over the windows per block. The arguments are those of `layer_influence`.
+    This takes one pass over the windows per block. The arguments are those of `layer_influence`,
+    but `progress` is called after each block, and windows have at least two tokens.
 
     Raises:
         ShrinkError: If the model is a masked language model, which predicts no next token.
@@ -109,9 +111,11 @@ def layer_losses(
 def loss_of(model: nn.Module, windows: Tensor) -> float:
     """Return the mean negative log-likelihood of the tokens in windows, in nats per token.
 
+    The first token of each window is not predicted.
+
     Args:
         model: a transformers causal language model.
-        windows: int64 [N, L].
+        windows: int64 [N, L], L >= 2.
     """
     total = 0.0
     for window in windows:
@@ -130,7 +134,7 @@ def width_scores(
     *,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Return the scores of MLP channels, groups of heads and hidden channels.
+    """Return the scores of MLP channels, groups of heads or hidden channels, as `sizes` requests.
 
     Args:
         model: a transformers language model.
@@ -179,7 +183,8 @@ def width_scores(
 def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Callable[..., None]:
     """Return a forward pre-hook that adds each unit's mean squared contribution to `into` [units].
 
-    The units are the inputs of the projection, dimension `weight_dim` of its weight.
+    The units are runs of equal length of the projection's inputs, which are the dimension
+    `weight_dim` of its weight.
     """
     count = len(into)
     weight: Any = projection.weight
@@ -200,7 +205,10 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
 def _output_projections(
     layout: Layout, modules: dict[str, nn.Module], size: str
 ) -> list[tuple[str, int, int]]:
-    """Return (name, input dimension, block) of each linear layer whose inputs depend on a size."""
+    """Return (name, input dimension, block) of each linear layer whose inputs depend on a size.
+
+    The block is -1 for a layer outside of the blocks.
+    """
     found = []
     for name, dimensions in layout.dimensions.items():
         module = modules.get(name.removesuffix(".weight"))

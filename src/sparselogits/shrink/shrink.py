@@ -64,8 +64,9 @@ def shrink(
     """Create a smaller model from part of a larger model's weights.
 
     Blocks are selected first; channels, heads and hidden channels are then scored on the model
-    without the removed blocks. The result is verified on a few tokens: its logits must equal those
-    of the larger model with the removed parts set to zero.
+    without the removed blocks. The pruning is verified on the first two retained blocks and a few
+    tokens: the logits must equal those of these blocks with the removed parts set to zero, up to
+    rounding.
 
     Args:
         model: a transformers language model, causal or masked; it is not changed.
@@ -80,8 +81,8 @@ def shrink(
         layer_score: rule that selects blocks: the score "influence" (one pass over the windows) or
             "loss" (one pass per block; causal models only), or "spaced" for evenly spaced blocks
             from the first to the last one (DistilBERT).
-        progress: function that is called with the number of finished passes and their total, from
-            zero again when channels, heads and hidden channels are scored.
+        progress: function that is called with the number of finished windows (with "loss", blocks)
+            and their total; counted anew when channels, heads and hidden channels are scored.
 
     Raises:
         ShrinkError: If no size or an invalid one is given, or the structure of the model, or its

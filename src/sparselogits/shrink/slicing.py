@@ -1,4 +1,4 @@
-"""Build the pruned model, and verify that it equals the larger one without the removed parts."""
+"""Build the pruned model, and verify pruning against the larger model without the removed parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from sparselogits.shrink.plan import Kept
 
 _ORDERS: tuple[Order, ...] = ("concatenated", "interleaved")
 _TOLERANCE = 1e-3
-"""Largest difference of logits, relative to the largest logit, attributed to float32 rounding."""
+"""Largest difference of logits that is attributed to float32 rounding.
+
+It is relative to the largest magnitude of a logit, or to 1 if that is larger.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
         slicer: retained indices of its tensors.
 
     Raises:
-        ShrinkError: If the tensors do not have the shapes that the layout predicts.
+        ShrinkError: If the tensors do not have the shapes that the layout predicts, or a smaller
+            hidden size changes the output of the embedding by more than a factor.
     """
     from transformers.initialization import no_init_weights
 
@@ -123,8 +127,8 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
 def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
     """Return the order of fused rows; verify on two blocks that pruning in this order is correct.
 
-    The logits of the pruned model must equal those of the unpruned one with the removed parts set
-    to zero.
+    The logits of the first two retained blocks, pruned, must equal those of the same blocks with
+    the removed parts set to zero (up to `_TOLERANCE`).
 
     Args:
         model: the larger model.
@@ -132,7 +136,7 @@ def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
         kept: indices of the retained blocks, channels and heads.
 
     Raises:
-        ShrinkError: If the logits differ in every order.
+        ShrinkError: If the logits differ in every order, or the pruned model cannot be built.
     """
     few = kept.first(2)
     reason: Exception | None = None

@@ -1,4 +1,4 @@
-"""Store caches on disk: codec, shards, storage, and tools for existing caches."""
+"""Store caches: codec, shards, storages, and tools for existing caches."""
 
 from sparselogits.store.cache import Cache
 from sparselogits.store.codec.target_codec import codec_for

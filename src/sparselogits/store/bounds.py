@@ -1,4 +1,4 @@
-"""Define the bounds of all sizes and values in a cache, as specified in docs/format.md.
+"""Define the bounds of sizes and values in a cache, as specified in docs/format.md.
 
 Caches are untrusted files. Sizes are therefore validated before memory is allocated for them, and
 values before a student is trained on them.
@@ -54,7 +54,10 @@ class DamageError(ValueError):
 
 
 def entries_bound(block_bytes: int) -> int:
-    """Return the largest number of entries in windows whose blocks have `block_bytes` in total."""
+    """Return the largest number of entries in windows that are decoded together.
+
+    `block_bytes` is the total size of the blocks of these windows.
+    """
     return min(LARGEST_WINDOW, FREE_ENTRIES + ENTRIES_PER_BYTE * block_bytes)
 
 
@@ -64,16 +67,19 @@ def description_bound(file_bytes: int) -> int:
 
 
 def footer_bound(groups: int, description: int) -> int:
-    """Return the largest size of a footer, in bytes, given the size of its description."""
+    """Return the largest size of a footer in bytes.
+
+    `groups` is the number of row groups, and `description` the largest size of the description.
+    """
     return (1 << 14) + (1 << 11) * groups + description
 
 
 def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> float:
-    """Return the largest sum of a position's weights, which also bounds each weight."""
+    """Return the largest sum of a position's weights before they are rounded to levels."""
     if weights == COUNTS:
         return 1 + ROUNDING
     if weights == THRESHOLD:
-        # heavy entries are probabilities; the systematically drawn light entries sum to at most 1
+        # light entries are drawn systematically: they exceed their total probability by at most tau
         return 2 + ROUNDING
     try:
         return from_parameters(sampler).most_mass(vocab_size)
@@ -82,10 +88,10 @@ def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> flo
 
 
 def require_bounds(identity: Identity, where: str) -> None:
-    """Validate the sizes in the identity of a cache, which error messages call `where`.
+    """Validate the numbers in the identity of a cache, which error messages call `where`.
 
     Raises:
-        CacheError: a field is out of bounds; the message contains its name, value and bounds.
+        CacheError: a field is out of bounds, or contradicts another field.
     """
     codec, sampler = identity.codec, identity.sampler
     for name, value, least, most in (

@@ -9,8 +9,9 @@
 CACHE is a local folder or a prefix of an object store (storage/location.py).
 
 A cache has no index file: the list of shards is the listing of a folder, and an existing shard is
-always complete. Any number of processes may write and read a cache concurrently. Whatever the size
-of the cache, a reader has only a few shards open, with one row group of each in memory.
+complete. Any number of processes may read a cache and, on storages that create files exclusively
+(storage/objects.py names exceptions), write it concurrently. Whatever the size of the cache, a
+reader has only a few shards open, with one row group of each in memory.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ CACHE_JSON = "cache.json"
 """Name of the file with the identity."""
 
 OPEN_SHARDS = 8
-"""Maximum number of shards that a cache has open at the same time."""
+"""Largest number of shards that a `Cache` leaves open."""
 
 
 class Cache:
@@ -88,6 +89,7 @@ class Cache:
             IdentityMismatchError: the existing cache has another identity.
             CacheError: a size in the identity is out of bounds, or the existing cache is damaged.
             StorageError: the folder or URL cannot be written.
+            InvalidArgumentError: the URL is malformed or has no driver; see `storage_at`.
         """
         require_bounds(identity, f"the new cache at {root}")
         storage = storage_at(root)
@@ -114,6 +116,7 @@ class Cache:
                 size is out of bounds.
             CacheCorruptionError: cache.json is damaged.
             StorageError: the folder or URL cannot be reached.
+            InvalidArgumentError: the URL is malformed or has no driver; see `storage_at`.
         """
         storage = storage_at(root)
         return cls(storage, read_identity(storage))
@@ -167,9 +170,11 @@ class Cache:
             Path or URL of the shard.
 
         Raises:
-            InvalidTargetsError: a record does not match the identity or the other records.
+            InvalidTargetsError: there are no records, or a record does not match the identity or
+                the other records.
             StorageError: the shard cannot be written, for example because the disk is full.
-            CacheCorruptionError: the bytes read back differ from the bytes written.
+            CacheCorruptionError: the shard does not decode to the records, or the bytes read back
+                differ from the bytes written.
         """
         self._require_consecutive(records)
         codec, seed = TargetCodec.of(self.identity), self.identity.seed
@@ -233,6 +238,7 @@ class Cache:
         """Compute the statistics of the cache from the footers of its shards.
 
         Raises:
+            CacheError: two shards overlap.
             CacheCorruptionError: a shard is damaged.
         """
         return self.statistics_by_text([])[0]
@@ -245,6 +251,7 @@ class Cache:
         Each footer is read once.
 
         Raises:
+            CacheError: two shards overlap.
             CacheCorruptionError: a shard is damaged.
         """
         shards = {}
@@ -268,7 +275,10 @@ class Cache:
         return CacheStatistics.total(list(shards.values())), by_text
 
     def entries_per_position(self) -> float:
-        """Estimate the mean entries per position with a target, from the first four footers."""
+        """Estimate the mean entries per position with a target, from the first four footers.
+
+        The result is 0 if these shards contain no such position.
+        """
         chosen = [self._shard(r).description for r in self.ranges[:4]]
         positions = sum(int(found["positions"]) for found in chosen)
         return sum(int(found["entries"]) for found in chosen) / positions if positions else 0.0
@@ -279,7 +289,7 @@ class Cache:
         Raises:
             InvalidArgumentError: a column is missing.
             CacheError: no shard of this cache contains the window of the row.
-            CacheCorruptionError: the row differs from the row of the shard.
+            CacheCorruptionError: the row does not decode, or its checksum is wrong.
         """
         if "window_index" not in row:
             raise InvalidArgumentError(missing_columns(row))

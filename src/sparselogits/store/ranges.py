@@ -41,7 +41,7 @@ def parse_shard_name(name: str) -> Range:
 
 
 def listed_ranges(names: Iterable[str]) -> list[Range]:
-    """Return the ranges of the shards in a directory listing, in window order.
+    """Return the ranges of the shards in a directory listing, in window order; ignore other names.
 
     Raises:
         CacheError: two shards overlap.

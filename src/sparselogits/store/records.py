@@ -29,7 +29,7 @@ class WindowRecord:
         document_starts: int32, ascending positions at which a document starts; 0 is included only
             if a document starts at the first token.
         mask: bool [L], True for positions with a target; None if all positions have one.
-        targets: targets of L positions; masked positions have no entries.
+        targets: targets of L positions; those where `mask` is False have no entries.
         teacher_loss: mean negative log-likelihood of the labels, in nats.
         teacher_entropy: mean entropy of the teacher's distribution, in nats.
         inputs: int32 [L], input of the teacher, which differs from `tokens` only where `mask` is

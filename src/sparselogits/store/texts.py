@@ -2,9 +2,10 @@
 
     CACHE/texts/windows-000000000000.json    the text whose first window has this index
 
-The identity of a cache does not include the text, so that text can be appended. To prevent a cache
-from mixing shards of different texts, a text is recorded before its first shard is written, by a
-file that is created exclusively. The provenance of each shard contains the same values.
+The identity of a cache does not include the text, so that text can be appended. To prevent shards
+of different texts for the same windows, a text is recorded before its first shard is written, by a
+file that is created exclusively. The provenance of a shard contains the same values, except in
+caches of old versions.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class TextSpan:
         raise ValueError(f"{shown(value)} does not describe a text")
 
     def holds(self, windows: Range) -> bool:
-        """Return whether all windows of a range come from the text."""
+        """Return whether a range lies within the text's windows, as far as their end is known."""
         start, stop = windows
         return self.first_window <= start and (self.windows is None or stop <= self._stop)
 
@@ -74,7 +75,7 @@ def named_texts(storage: Storage) -> list[TextSpan]:
     """Return the texts that a cache records, in order; caches of old versions record none.
 
     Raises:
-        CacheCorruptionError: a file in `texts/` is damaged.
+        CacheCorruptionError: a file in `texts/` is damaged, or was removed during the call.
         StorageError: the cache cannot be reached.
     """
     names = (f"{TEXTS}/{name}" for name in storage.names(TEXTS) if name.endswith(".json"))
@@ -86,7 +87,7 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
 
     Raises:
         IdentityMismatchError: the cache records another text for the same windows.
-        CacheCorruptionError: a file in `texts/` is damaged.
+        CacheCorruptionError: a file in `texts/` is damaged, or was removed during the call.
         StorageError: the cache cannot be reached or written.
     """
     storage.clean(TEXTS)

@@ -1,8 +1,8 @@
 """Encode columns of numbers: one page per window, and coding tables that windows share.
 
 Columns are encoded in pcodec's wrapped format. Coding tables (pcodec's "chunk metadata": bins,
-their frequencies and offset bits) take a few hundred bytes and are shared by the windows of a
-shard; the page of each window is decoded independently. A page does not contain its number of
+their frequencies and offset bits) take a few hundred bytes and are shared by consecutive windows of
+a shard; the page of each window is decoded independently. A page does not contain its number of
 values: the caller passes that number, so a damaged or forged page cannot allocate more memory.
 """
 
@@ -79,7 +79,7 @@ class ColumnDecoder:
         """Decode a window's page at the beginning of `data` into `out`; return its size in bytes.
 
         Raises:
-            DamageError: the page does not contain `len(out)` values.
+            DamageError: the page does not decode to `len(out)` values.
         """
         if len(out) == 0:
             return 0

@@ -33,7 +33,7 @@ class BlockDecoder:
     """Decoder of the blocks of one shard.
 
     Raises:
-        DamageError: the tables do not belong to the codec.
+        DamageError: the tables do not belong to the codec, or are damaged.
     """
 
     def __init__(self, codec: TargetCodec, tables: Tables) -> None:

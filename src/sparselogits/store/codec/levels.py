@@ -20,10 +20,10 @@ STOCHASTIC, NEAREST = "stochastic", "nearest"
 """Names of the rounding modes in a cache's identity."""
 
 PER_OCTAVE = 32
-"""Number of levels per factor of two."""
+"""Number of levels per factor of two of a weight, or from 1/2 to 1 of its distance to 1."""
 
 LARGEST_STEP = 2 ** (1 / PER_OCTAVE) - 1
-"""Largest relative distance between consecutive levels, for levels of at least 2^-126."""
+"""Largest relative distance of consecutive levels from 2^-126 on, up to float32 rounding."""
 
 _LEAST, _MOST, _NEAREST_TO_ONE = -126, 97, -16  # exponents of two; V^4 is 2^96 at most
 

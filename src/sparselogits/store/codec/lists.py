@@ -34,7 +34,7 @@ class Sets:
     """Sets of ids at the P = W * L positions of W windows."""
 
     ids: Array  # int64 [E], in order of position and ascending within a position
-    offsets: Array  # int64 [P + 1]; position p has entries offsets[p] to offsets[p + 1]
+    offsets: Array  # int64 [P + 1]; position p has entries [offsets[p], offsets[p + 1])
     is_hit: Bool  # [E], whether the id is the label of its position
     has_hit: Bool  # [P], whether the label of the position is in its set
 
@@ -84,8 +84,8 @@ def join(
 ) -> Sets:
     """Convert the columns of W windows to sets of ids, as the inverse of `split`.
 
-    Pairs are first arranged in order of id, and hits are appended. A stable radix sort by position
-    then results in ascending ids at each position, followed by the position's hit, if any.
+    Pairs are first arranged in order of window and id, and hits are appended. A stable sort by
+    position then results in ascending ids at each position, followed by the position's hit, if any.
 
     Args:
         pages: columns, which are read in the order of COLUMNS.
@@ -97,7 +97,7 @@ def join(
         limit: largest total number of entries in all windows.
 
     Raises:
-        DamageError: the columns do not encode sets of ids.
+        DamageError: the columns do not encode sets of ids, or more than `limit` entries.
     """
     order, carrying = reading_order(tokens, present), present.sum(1)
     labels = labels.reshape(-1)

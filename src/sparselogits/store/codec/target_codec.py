@@ -1,9 +1,9 @@
 """Define the codec of a cache's targets, and encode targets as one block of bytes per window.
 
 docs/format.md specifies the bytes. The codec is lossless for ids and counts, for weights that are
-levels (levels.py) and, in caches with exact weights, for any float32 weights. A block contains the
-columns of the ids (lists.py) and of the weights, each encoded by pcodec (columns.py). decoder.py
-decodes blocks.
+levels (levels.py) and, in caches with exact weights, for any valid float32 weights. A block
+contains the columns of the ids (lists.py) and of the weights, each encoded by pcodec (columns.py).
+decoder.py decodes blocks.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ class TargetCodec:
     def least_weight(self) -> float:
         """Smallest valid stored weight.
 
-        The value is tau for a threshold sampler, less one level if weights are rounded, and 0 for
-        other samplers.
+        The value is tau for a threshold sampler, or just below the level under tau if weights are
+        rounded; and 0 for other samplers.
         """
         if self.weights != THRESHOLD:
             return 0.0
@@ -198,11 +198,11 @@ class TargetCodec:
         """Return a window's targets with weights rounded to levels, unless the codec is exact.
 
         Stochastic rounding preserves the expectation of every weight. The uniforms depend only on
-        the cache's seed, the window's index in the corpus and the entry, so that a resumed build
-        writes the same bytes.
+        the cache's seed, the window's index in the corpus and the index of the entry, so that a
+        resumed build writes the same bytes.
 
         Raises:
-            InvalidTargetsError: a weight is negative, above 2^97 or NaN.
+            InvalidTargetsError: a weight to round is negative, above 2^97 or NaN.
         """
         if self.rounding is None:
             return targets

@@ -64,7 +64,7 @@ class Shard:
     """An open shard whose footer is validated and whose rows are read on demand.
 
     Raises:
-        CacheCorruptionError: the file is damaged, or belongs to another cache.
+        CacheCorruptionError: the file is missing or damaged, or belongs to another cache.
     """
 
     def __init__(self, storage: ReadableFiles, name: str, identity: Identity) -> None:
@@ -102,7 +102,7 @@ class Shard:
         """Compressed size of the token column in bytes.
 
         Raises:
-            CacheCorruptionError: the footer claims more bytes than the file has.
+            CacheCorruptionError: the footer claims more bytes than a row group has.
         """
         column, total = self._schema.get_field_index("tokens"), 0
         for group, (_, length, _) in enumerate(self._guard.ranges):
@@ -118,9 +118,9 @@ class Shard:
     def read(self, row: int) -> WindowRecord:
         """Read a row, given its index in the shard, and decode its targets.
 
-        When rows are read in order, the remaining rows of a row group are decoded together (if they
-        fit into one pass), in two thirds of the time of decoding each alone. A row that is read at
-        random is decoded alone.
+        When rows are read in order, the remaining rows of a row group are decoded together (as many
+        as fit into one pass), in two thirds of the time of decoding each alone. A row that is read
+        at random is decoded alone.
 
         Raises:
             CacheCorruptionError: the row or its row group is damaged.
@@ -149,7 +149,7 @@ class Shard:
 
         Raises:
             InvalidArgumentError: a column is missing.
-            CacheCorruptionError: the row differs from the row of the shard.
+            CacheCorruptionError: the row does not decode, or its checksum is wrong.
         """
         if not set(row.keys()) >= set(_NEEDED):
             raise InvalidArgumentError(missing_columns(row))
@@ -193,10 +193,10 @@ class Shard:
         return [record for records in parts for record in records]
 
     def read_bytes(self) -> bytes:
-        """Return the content of the file, verified with the guard and not decoded.
+        """Return the content of the file; row groups are verified with the guard and not decoded.
 
         Raises:
-            CacheCorruptionError: the file is damaged.
+            CacheCorruptionError: a row group is damaged, or the size of the file has changed.
         """
         data = self._storage.read(self.name)
         try:
@@ -235,7 +235,7 @@ class Shard:
         ]
 
     def _require_modest_footer(self) -> None:
-        """Validate the sizes in the footer before Parquet's parser allocates memory for them."""
+        """Validate the guard's row groups and the footer before Parquet's parser reads it."""
         guard, groups = self._guard, -(-(self.stop - self.start) // ROWS_PER_GROUP)
         if len(guard.ranges) != groups:
             raise DamageError(
@@ -258,7 +258,7 @@ class Shard:
                 reader.skip(kind)
 
     def _read_description(self) -> dict[str, Any]:
-        """Parse and validate the JSON description in the footer."""
+        """Validate schema, row groups and description in the footer; return the description."""
         metadata, start, stop = self.metadata, self.start, self.stop
         if not self._parquet.schema_arrow.equals(self._schema):
             schemas = (self._parquet.schema_arrow, self._schema)
@@ -446,7 +446,7 @@ def _windows_named(name: str) -> str:
 
 
 def _require_totals(description: Mapping[str, Any], windows: int, identity: Identity) -> None:
-    """Validate the types and bounds of the totals in a description."""
+    """Validate the totals in a description, and the types of its tables and provenance."""
     positions = windows * identity.window_length
     for name, kinds, least, most in (
         ("positions", int, 0, positions),

@@ -1,9 +1,9 @@
 """Validate a row group's pages before Parquet's parser reads them, and its values afterwards.
 
 Parquet can encode a gigabyte of zeros in a few bytes: by a dictionary, run lengths, deltas,
-compression, or a header with a forged size. A shard uses none of these except zstd for its tokens
-and inputs, whose numbers are bounded. Pages of any other form are therefore rejected, and the
-decoded size of a page is bounded by its encoded size and the window length.
+compression, or a header with a forged size. A shard uses none of these for its values, except zstd
+for tokens and inputs, whose numbers are bounded. Pages of any other form are therefore rejected,
+and the decoded size of a page is bounded by its encoded size and the window length.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def require_pages(
 
 
 def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
-    """Validate all values of a row group except the targets, and return its rows.
+    """Validate the values of a row group except targets and checksums, and return its rows.
 
     `start` is the index of the first window, and `length` the number of tokens per window.
 
     Raises:
-        DamageError: a value is invalid; the message contains the window or the column.
+        DamageError: a value is invalid.
     """
     columns: dict[str, Any] = {name: _only_chunk(table, name) for name in table.column_names}
     rows = table.num_rows

@@ -1,8 +1,8 @@
 """Encode the windows of a range as a Parquet file in memory: a shard.
 
-Every Parquet reader can open a shard. Rows are windows, eight per row group. Each row contains a
-CRC32C of its values, so that a row remains verifiable in other tools, and a guard covers the whole
-file (guard.py).
+Any Parquet reader that supports zstd and byte-stream-split integers can open a shard. Rows are
+windows, eight per row group. Each row contains a CRC32C of its values, so that a row remains
+verifiable in other tools, and a guard covers the whole file (guard.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Store copies of remote bytes in a local folder of bounded size.
 
-Any number of threads, processes and caches may share the folder. The total size of its files never
-exceeds the limit: files are added under a lock, which also protects the running total, and the
-least recently used files are evicted. Reading needs no lock, because an open file remains readable
+Any number of threads, processes and caches may share the folder. The total size of its files is
+limited: files are added under a lock, which also protects the running total, and the least recently
+used files are evicted. Reading needs no lock, because an open file remains readable
 when it is evicted. Callers verify the bytes that they read.
 """
 
@@ -72,7 +72,7 @@ class CopyFolder:
         return cls(Path(folder) if folder else user_cache() / "copy", limit)
 
     def get(self, location: str, key: str) -> bytes | None:
-        """Return the bytes stored under a key, and mark them as used; None if there are none."""
+        """Return the bytes stored under a key, and mark them as used; None if none can be read."""
         path = self._path(location, key)
         try:
             with path.open("rb") as file:
@@ -86,8 +86,8 @@ class CopyFolder:
     def put(self, location: str, key: str, data: bytes) -> None:
         """Store bytes under a key, and evict other files if the folder would exceed its limit.
 
-        Bytes larger than the limit are not stored. If the folder cannot be written, the bytes are
-        not stored and a warning is issued.
+        A copy that exists under the key is not replaced. Bytes larger than the limit are not
+        stored. If the folder cannot be written, the bytes are not stored and a warning is issued.
         """
         if len(data) > self.limit:
             return

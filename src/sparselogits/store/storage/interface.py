@@ -1,7 +1,7 @@
 """Define the interface of storages: the file operations that caches use.
 
 Every file except the dataset card is written once and completely, and never changed afterwards, so
-that no locks are required. Names are paths relative to the cache, separated by `/`.
+that readers need no locks. Names are paths relative to the cache, separated by `/`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ class ReadableFiles(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or fewer if the file ends before `stop`.
 
+        `stop` is None for the end of the file.
+
         Raises:
             FileNotFoundError: the file does not exist.
         """
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of a file in bytes, and its last `length` bytes.
+        """Return the size of a file in bytes, and its last `length` bytes (fewer if it is shorter).
 
         Raises:
             FileNotFoundError: the file does not exist.

@@ -1,7 +1,8 @@
 """Store a cache in a local folder. A created file is complete and survives a power failure.
 
 The bytes are written under a unique temporary name, synced, dropped from the page cache, read back
-and compared. Then the file is linked under its final name, and the folder is synced.
+and compared. Then the file is linked under its final name, or renamed if the file system has no
+hard links, and the folder is synced. Some network file systems cannot sync.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class LocalStorage:
         return str(self.root)
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the files in a folder, without temporary files."""
+        """Return the sorted names of the files and folders in a folder, without temporary ones."""
         try:
             with os.scandir(self.root / folder) as entries:
                 return sorted(e.name for e in entries if not e.name.startswith(TEMPORARY_PREFIX))

@@ -2,9 +2,9 @@
 
 Only parts of shards are copied: row groups, and the end of the file with its footer. A cache can
 therefore be much larger than the disk and be read in any order. Copies are found by name and range,
-without a request. If bytes fail their checksum, the reader drops the copies of that file and reads
-the storage again (`Cache.read`), so a damaged copy, or the copy of a shard that has been repaired
-since, is not reported as damage to the cache.
+without a request. If bytes fail their checksum, `Cache.read` drops the copies of that file and
+reads the storage again, so it does not report a damaged copy, or the copy of a shard that has been
+repaired since, as damage to the cache.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class LocalCopy:
         return self.storage.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return the bytes [start, stop) of a file; ranges of shards are read from copies.
+        """Return the bytes [start, stop) of a file, from a copy if one exists.
 
-        Other files are not copied, so that a new cache at the same URL is detected by its
+        Only ranges of shards are copied, so that a new cache at the same URL is detected by its
         cache.json.
         """
         if stop is None or not name.startswith(f"{SHARDS}/"):

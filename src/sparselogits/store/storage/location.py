@@ -46,7 +46,7 @@ def storage_at(location: Location | Storage) -> Storage:
 
 
 def location_of(storage: Storage) -> Location:
-    """Return the folder of a local storage as a Path, or the URL of another storage as a string."""
+    """Return the folder of a LocalStorage as a Path, or another storage's `location` string."""
     return Path(storage.location) if isinstance(storage, LocalStorage) else storage.location
 
 

@@ -1,16 +1,16 @@
 """Store a cache in an object store, as write-once objects under a prefix.
 
-fsspec provides the drivers, such as s3fs for `s3://`. A driver must support reading ranges,
-listing, and a conditional put, which creates an object only if it does not exist. A conditional put
-is atomic, so temporary objects are not required, and exactly one of several concurrent writers
-succeeds. Drivers without a conditional put, such as `hf://`, check for the name before the put, so
-use only one writer at a time with them. With drivers whose puts may not be atomic, such as
-`sftp://`, an object is written under a temporary name, its size is compared, and it is renamed.
+fsspec provides the drivers, such as s3fs for `s3://`. A conditional put creates an object only if
+it does not exist. It is atomic, so temporary objects are not required, and exactly one of several
+concurrent writers succeeds. Drivers without a conditional put, such as `hf://`, check for the name
+before the put, so use only one writer at a time with them. With drivers whose puts may not be
+atomic, such as `sftp://`, an object is written under a temporary name, its size is compared, and it
+is renamed (if the driver can rename).
 
-The server validates a checksum of each put before it creates the object (botocore adds a CRC32), so
-objects are not read back. Drivers retry failed requests with increasing pauses. A put whose
-response was lost may report that the object already exists when it is retried; the object is then
-complete.
+An S3 server validates a checksum of each put before it creates the object (botocore adds a CRC32),
+so objects are not read back, and the driver retries failed requests with increasing pauses. A put
+whose response was lost may report that the object already exists when it is retried; the object is
+then complete.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ _ATOMIC = {
 
 class ObjectStorage:
     """Storage in an object store, whose objects share a prefix; see `Storage`.
+
+    The numbers of requests that methods state are those of S3.
 
     Credentials, region and endpoint of S3 come from botocore's usual sources (AWS_ACCESS_KEY_ID,
     AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, the role of an instance, ...).
@@ -128,7 +130,7 @@ class ObjectStorage:
         return created
 
     def _create(self, name: str, data: bytes) -> bool:
-        """Create an object by one conditional put; return False if the object already exists."""
+        """Create an object without testing the server; return False if it already exists."""
 
         def put(files: Any, path: str) -> bool:
             for attempt in range(_ATTEMPTS):
@@ -206,7 +208,7 @@ class ObjectStorage:
 
     @property
     def _puts_are_atomic(self) -> bool:
-        """Whether an existing object is always complete."""
+        """Whether the puts of the URL's scheme are atomic; see `_ATOMIC`."""
         return self.url.partition("://")[0] in _ATOMIC
 
     def _open(self) -> tuple[Any, str]:
@@ -236,7 +238,7 @@ class ObjectStorage:
 def _put_whole(files: Any, path: str, data: bytes, *, replace: bool = False) -> None:
     """Put an object under a temporary name and rename it, if the driver supports renaming.
 
-    After an error, such as a FileExistsError without `replace`, no partial object remains.
+    After an error, such as a FileExistsError without `replace`, a partial object is removed.
     """
     from fsspec import AbstractFileSystem
 
