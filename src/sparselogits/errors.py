@@ -23,7 +23,7 @@ class SparseLogitsError(Exception):
 
 
 class InvalidTargetsError(SparseLogitsError, ValueError):
-    """Raised if sparse targets are invalid (unsorted ids), or cannot be joined or thinned."""
+    """Raised if sparse targets are invalid (such as unsorted ids), or cannot be joined or thinned."""
 
 
 class InvalidLogitsError(SparseLogitsError, ValueError):
@@ -43,7 +43,7 @@ class TeacherError(SparseLogitsError):
 
 
 class IdentityMismatchError(SparseLogitsError):
-    """Raised if two objects that must match differ in teacher, tokenizer, sampler or text."""
+    """Raised if two objects that must match differ, as in teacher, tokenizer, settings or text."""
 
 
 class CacheError(SparseLogitsError):
@@ -63,7 +63,7 @@ class RecipeError(SparseLogitsError):
 
 
 class TrainingError(SparseLogitsError):
-    """Raised if training cannot continue: the loss is not finite, or the folder is in use."""
+    """Raised if training cannot continue, as with a loss that is not finite or a folder in use."""
 
 
 class TaskError(SparseLogitsError):

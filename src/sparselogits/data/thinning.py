@@ -1,9 +1,10 @@
 """Schedule the number of cached rounds that training uses at each optimiser step.
 
 A cache with N rounds per position can be thinned without bias to any smaller number of rounds (see
-`SparseTargets.thin`). The subset of rounds depends on (seed, epoch, window), and their number on
-the optimiser step. That step is computed from the position of the window in the order, so that
-DataLoader workers that read ahead, and runs that resume, compute the same number.
+`SparseTargets.thin`). The subset of rounds is a function of (seed, epoch, window) and of their
+number, which depends on the optimiser step. That step is computed from the position of the window
+in the order, so that DataLoader workers that read ahead, and runs that resume, compute the same
+number.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Schedule:
 
     Args:
         stages: stages in order. The last stage lasts until the end of training.
-        fresh_noise: whether to use different cached rounds in each epoch; otherwise every epoch
-            uses the rounds of epoch 0.
+        fresh_noise: whether to select cached rounds anew in each epoch; otherwise every epoch uses
+            the selection of epoch 0.
 
     Raises:
         InvalidArgumentError: there is no stage, a stage is invalid, or the values of `until`, or
