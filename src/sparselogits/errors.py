@@ -23,7 +23,7 @@ class SparseLogitsError(Exception):
 
 
 class InvalidTargetsError(SparseLogitsError, ValueError):
-    """Raised if sparse targets are invalid (such as unsorted ids), or cannot be joined or thinned."""
+    """Raised if sparse targets are invalid, as by unsorted ids, or cannot be joined or thinned."""
 
 
 class InvalidLogitsError(SparseLogitsError, ValueError):
