@@ -1,4 +1,4 @@
-"""Determine the commit, the versions and the machine by which results are computed."""
+"""Determine the commit, the versions and the machine with which results are computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """Return the commit, versions, processor, number of threads, and date to store with results."""
+    """Return the commit, versions, GPU or processor, number of threads and date, for results."""
     return {
         "commit": commit(),
         "sparselogits": version("sparselogits"),

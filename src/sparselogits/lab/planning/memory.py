@@ -211,7 +211,7 @@ MemoryOf = Callable[[int, int], Memory]
 
 
 def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:
-    """Return the largest power of two, up to 32 768 windows, that fits on one device, or None."""
+    """Return the largest batch of 2^n windows, n <= 15, that fits on one device, or None."""
     fitting = [2**power for power in range(16) if memory_of(2**power, 1).fits(capacity)]
     return max(fitting, default=None)
 
