@@ -53,8 +53,7 @@ class SparseTargets:
             valid, where speed matters.
 
     Raises:
-        InvalidTargetsError: an argument is invalid; the message contains the first position with an
-            invalid entry.
+        InvalidTargetsError: an argument is invalid.
 
     Examples:
         The first of two positions has two entries, and the second has one:
@@ -161,7 +160,7 @@ class SparseTargets:
     def mass(self) -> Tensor:
         """Return the sum of each position's weights, float32 [P].
 
-        The expected sum of unbiased targets is one.
+        The expected sum of an unbiased target is one.
         """
         total = torch.zeros(len(self), dtype=self.weights.dtype, device=self.weights.device)
         return total.index_add_(0, self.positions, self.weights)
@@ -249,8 +248,8 @@ class SparseTargets:
     def mixed(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
         """Return the weighted sum of targets for the same positions.
 
-        Entries with the same id at one position are added. If each part is an unbiased target for
-        its teacher's distribution p_m, the result is an unbiased target for sum_m w_m p_m. If all
+        Entries with the same id at one position are added. If each part m is an unbiased target for
+        a distribution p_m, the result is an unbiased target for sum_m w_m p_m. If all
         parts have counts, the result has the sums of the counts and of the rounds, and can be
         thinned.
 
@@ -301,11 +300,11 @@ class SparseTargets:
 
         Entries with equal images are added. The probability of an image is the sum of the
         probabilities of its ids, so if these targets are unbiased for the teacher's distribution,
-        the result is unbiased for the distribution of the images. Counts remain counts, and the
-        result can be thinned.
+        the result is unbiased for the distribution of the images. Counts are added as well, so
+        targets with counts can still be thinned.
 
         Args:
-            image: int64 [V'], new id of each id, V' at least `self.vocab_size`.
+            image: int64 [V'], new id of each id in [0, vocab_size), V' at least `self.vocab_size`.
             vocab_size: number of new ids.
 
         Examples:

@@ -3,7 +3,7 @@
 A Parquet reader allocates the sizes that a page header or a footer claims: a page of sixty bytes
 may claim two gigabytes, and the header of a list, of a few bytes, may claim a million column
 chunks. This parser returns the claimed sizes without allocating them, so that they can be validated
-before a Parquet reader opens the file.
+before a Parquet reader parses the bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DEEPEST = 16  # Parquet's structures are nested up to five levels deep
 
 
 class ThriftError(ValueError):
-    """Raised if bytes are not a structure of the compact protocol, or have too many values."""
+    """Raised if bytes are no structure of the compact protocol, or one of too many values."""
 
 
 class CompactReader:
@@ -37,8 +37,8 @@ class CompactReader:
         """Return the fields of the structure at the current offset, by field number.
 
         Integers, booleans and structures (as dicts) are returned as values, strings as their
-        lengths in bytes, lists as (type of the elements, number of elements), maps as their numbers
-        of entries, and floats as 0. `depth` is the number of enclosing structures.
+        lengths in bytes, lists and sets as (type of the elements, number of elements), maps as
+        their numbers of entries, and floats as 0. `depth` is the number of enclosing structures.
         """
         fields: dict[int, Any] = {}
         for number, kind in self.fields(depth):

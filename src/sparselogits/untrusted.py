@@ -20,7 +20,10 @@ LARGEST_JSON = 1 << 20
 """Default maximum size of a JSON document, in bytes."""
 
 MOST_VALUES = 1 << 16
-"""Default maximum number of values in a JSON document; each occupies up to about 100 bytes."""
+"""Default maximum number of values in a JSON document.
+
+Each value occupies up to about 100 bytes in addition to the characters of a string.
+"""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -108,11 +111,12 @@ def parse_json(data: bytes, *, largest: int = LARGEST_JSON, most: int = MOST_VAL
     Args:
         data: JSON in UTF-8.
         largest: maximum number of bytes.
-        most: maximum number of values, including keys.
+        most: maximum number of values, including keys, estimated by the number of commas, colons
+            and opening brackets, even those in strings.
 
     Raises:
-        ValueError: the data exceed a limit, are not JSON, are nested too deep, or contain `NaN` or
-            lone surrogates.
+        ValueError: the data exceed a limit, are not JSON, are nested too deep, or contain `NaN`,
+            `Infinity` or lone surrogates.
     """
     if len(data) > largest:
         raise ValueError(f"it has {len(data):,} bytes, more than the {largest:,} that are allowed")
@@ -142,7 +146,8 @@ def read_json(path: str | Path, *, largest: int = LARGEST_JSON, most: int = MOST
 def printable(text: str, longest: int | None = None) -> str:
     """Return text with control characters, except tab and line feed, escaped (as `\\x1b`).
 
-    The middle of a text with more than `longest` characters is cut out.
+    Bidirectional marks, several invisible characters and lone surrogates are escaped too. The
+    middle of a text with more than `longest` characters is cut out.
     """
     if longest is not None and len(text) > longest:
         half = longest // 2

@@ -16,7 +16,7 @@ def counted(number: int, one: str) -> str:
 
 
 def significant(value: float) -> str:
-    """Format a number with three significant digits, or as a whole number if it is 100 or larger.
+    """Format a number with up to three significant digits, or as a whole number from 100 on.
 
     Examples:
         >>> significant(48123.4), significant(12.34), significant(0.05), significant(2)
@@ -28,7 +28,7 @@ def significant(value: float) -> str:
 
 
 def rate(per_second: float, unit: str) -> str:
-    """Format a positive rate with three digits, or as time per unit if below 0.1 per second.
+    """Format a positive rate with up to three digits, or as time per unit if below 0.1 per second.
 
     Examples:
         >>> rate(1234.5, "tokens"), rate(0.02, "steps")
@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 
 
 def abbreviated(count: int) -> str:
-    """Format a count, in millions or billions if it is large.
+    """Format a count, from 100,000 on in millions and from a billion on in billions.
 
     Examples:
         >>> abbreviated(66_672), abbreviated(134_515_008), abbreviated(8_030_261_248)

@@ -120,15 +120,15 @@ class TextCheck:
 
     @property
     def texts(self) -> list[TextSpan]:
-        """Texts that the cache records; if there are none, the texts of all validated shards."""
+        """Texts given to the constructor or added since, sorted by their first windows."""
         return [self._known[first] for first in sorted(self._known)]
 
     def require(self, windows: Range, provenance: dict[str, Any]) -> None:
         """Validate the text in a shard's provenance; accept a shard of an old version without one.
 
         Raises:
-            ValueError: the windows do not come from the text, the cache does not record the text,
-                or the text overlaps that of another shard.
+            ValueError: the provenance does not describe a text, the windows do not come from the
+                text, the cache does not record the text, or the text overlaps another one.
         """
         if "text" not in provenance:
             return
@@ -143,7 +143,7 @@ class TextCheck:
         """Add a text to those from which shards may come.
 
         Raises:
-            ValueError: another text claims some of the same windows.
+            ValueError: the text overlaps another one.
         """
         other = next((t for t in self._known.values() if t != text and t.overlaps(text)), None)
         if other is not None:

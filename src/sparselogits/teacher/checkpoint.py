@@ -1,8 +1,9 @@
 """Locate the files of a model, and validate them before transformers reads them.
 
-Weights are read from safetensors or GGUF, never from pickle, and only from the folder of the model.
-Sizes in a configuration are compared with the sizes of the weights: a configuration of a million
-layers for 60 KB of weights is rejected before any layer is created.
+Weights are read from safetensors or GGUF, never from pickle, and only from the folder of the model
+unless "linked-weights" is allowed. Sizes in a configuration are compared with the sizes of the
+weights: a configuration of a million layers for 60 KB of weights is rejected before any layer is
+created.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _EXPERTS = re.compile(r"^(n|num)_.*experts$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Files of one model.
+    """Files of one model or adapter.
 
     Args:
         name: name that the user gave.
@@ -49,7 +50,7 @@ class Checkpoint:
         folder: local folder of the files; for a hub name, the folder of its snapshot.
         commit: commit hash of the snapshot; None for local files.
         gguf: path of the GGUF file; None for other formats.
-        weights: paths of the weight files that transformers reads.
+        weights: paths of the weight files that transformers or PEFT reads.
         adapter: whether the folder contains only an adapter for the model `base`.
         base: checkpoint of the adapter's base model; None for other models.
     """
@@ -65,14 +66,14 @@ class Checkpoint:
 
     @property
     def root(self) -> Checkpoint:
-        """Checkpoint of the base model, without any adapters."""
+        """Checkpoint of the base model without adapters; this checkpoint if `base` is None."""
         return self if self.base is None else self.base.root
 
     def hashed(self) -> list[Path]:
-        """Return the weight files that are hashed for the model's fingerprint, in order.
+        """Return the weight files in the order in which a local model's fingerprint hashes them.
 
-        These are the GGUF file, or all safetensors files in the folder, then those in subfolders
-        that an index names.
+        These are the GGUF file, or all safetensors files in the folder, then the files of `weights`
+        in subfolders.
         """
         if self.gguf is not None:
             return [self.gguf]
@@ -80,7 +81,10 @@ class Checkpoint:
         return [*beside, *(file for file in self.weights if file not in beside)]
 
     def stamp(self) -> list[tuple[str, int, int, int]]:
-        """Return (path, inode, size, modification time) of each file, to detect changes."""
+        """Return (path, inode, size, modification time in ns) of weights and configurations.
+
+        The base of an adapter is included. Comparing two stamps detects changes of these files.
+        """
         files = [*self.hashed(), self.folder / CONFIG, self.folder / ADAPTER_CONFIG]
         found = [(str(p), p.stat()) for p in files if p.exists()]
         of_base = [] if self.base is None else self.base.stamp()
@@ -90,7 +94,7 @@ class Checkpoint:
 def find_checkpoint(
     name: str, *, revision: str | None = None, allow: Collection[str] = (), depth: int = 0
 ) -> Checkpoint:
-    """Locate the files of a model and validate them.
+    """Locate the files of a model and validate them; of a GGUF file only the existence.
 
     Args:
         name: local folder, GGUF file or hub name.
@@ -99,8 +103,9 @@ def find_checkpoint(
         depth: number of adapters that are applied to this model; 0 for the model itself.
 
     Raises:
-        TeacherError: the model does not exist, its weights are pickled, a file lies outside the
-            folder, or the sizes in the configuration do not match the weights.
+        TeacherError: the model does not exist, its weights are pickled, a file is missing, damaged
+            or outside the folder, the sizes in the configuration do not match the weights, or
+            adapters are nested too deep.
     """
     if depth > _MOST_ADAPTERS:
         raise TeacherError(
@@ -203,10 +208,11 @@ def require_on_hub(name: str) -> None:
     """Validate that the local cache contains a hub name, or that the hub can be reached.
 
     huggingface_hub repeats a request without connection for 23 s, and transformers and `_of_hub`
-    make several requests for a name that is not in the cache. Other errors are left to them.
+    make several requests for a name that is not in the cache. Other errors are ignored here,
+    because those requests raise them again.
 
     Raises:
-        TeacherError: neither is the case.
+        TeacherError: the name is not in the cache, and the hub cannot be reached.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -224,7 +230,10 @@ def require_on_hub(name: str) -> None:
 
 
 def _download(name: str, file: str, revision: str | None) -> Path | None:
-    """Return the path of a hub repository's file, downloaded or cached; None if unavailable."""
+    """Return the path of a hub repository's file, downloaded or cached; None if unavailable.
+
+    Raises TeacherError for an error other than a missing file or connection.
+    """
     from transformers.utils.hub import cached_file
 
     try:
@@ -320,7 +329,8 @@ def _indexed_names(folder: Path, name: str) -> list[str]:
 def _weight_file(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
     """Return the path of a weight file after validating that it is a regular file in the folder.
 
-    Links into the hub cache that contains the folder are accepted.
+    Links into the hub cache that contains the folder are accepted; other links out of the folder
+    only with the allowance "linked-weights".
     """
     path = folder / file
     pure = PurePosixPath(file)
@@ -368,7 +378,10 @@ class _WeightSizes(NamedTuple):
 
 
 def _weight_sizes(files: tuple[Path, ...]) -> _WeightSizes:
-    """Return the sizes of weight files, from headers; elements of GGUF files are an upper limit."""
+    """Return the sizes of weight files, from headers.
+
+    For GGUF files, `elements` is an upper limit, and `largest` is 0.
+    """
     tensors = elements = size = largest = 0
     for file in files:
         size += file.stat().st_size
@@ -388,7 +401,7 @@ def _weight_sizes(files: tuple[Path, ...]) -> _WeightSizes:
 def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
     """Yield the name and shape of every tensor in a safetensors file, from its header.
 
-    Raises TeacherError for a file in another format.
+    Raises TeacherError for a file that cannot be read as safetensors.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -420,13 +433,14 @@ def _gguf_tensors(file: Path) -> int:
 
 
 def require_plausible(found: Checkpoint) -> None:
-    """Validate a configuration's counts against the weights, before transformers reads it.
+    """Validate a configuration's counts against the weights.
 
-    Some configurations allocate a list with one element per layer when they are read. Without
-    weights, as in the folder of a tokenizer, the counts have fixed limits.
+    Call this before transformers reads the configuration, because some configurations allocate a
+    list with one element per layer when they are read. Without weights, as in the folder of a
+    tokenizer, the counts have fixed limits.
 
     Raises:
-        TeacherError: a count is too large for the weights.
+        TeacherError: a count is too large for the weights, or a file cannot be read.
     """
     sizes = _weight_sizes(found.weights) if found.weights else _WeightSizes(10_000, 2**31, 0, 0)
     for key, value in _integers(_configuration(found)):
@@ -445,13 +459,13 @@ def require_plausible(found: Checkpoint) -> None:
 
 
 def _configuration(found: Checkpoint) -> dict[str, Any]:
-    """Return the content of config.json; an empty dict if the checkpoint has none."""
+    """Return the content of config.json; an empty dict for a GGUF file or without config.json."""
     path = found.folder / CONFIG
     return _read_json(path) if found.gguf is None and path.exists() else {}
 
 
 def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Yield (key, value) for each integer value of an object in a JSON value, at any depth."""
+    """Yield (key, value) for each integer value of an object, and of objects in it or its lists."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _integers(inner, name)

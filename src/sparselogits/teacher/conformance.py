@@ -13,7 +13,7 @@ from sparselogits.identity import canonical_json
 from sparselogits.teacher.engine import Engine
 
 IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
-"""Keys of an engine's identity."""
+"""Keys that an engine's identity must have."""
 
 
 def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> None:
@@ -21,10 +21,10 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
 
     The engine must satisfy these conditions: names and shapes are those of `Engine`; slices contain
     every position once and in order; logits are -inf exactly at ids that are not tokens; slices may
-    be overwritten; equal tokens give equal logits; logits do not depend on later tokens or on other
-    windows of a batch. With document starts, a document's logits equal those of the document alone,
-    and do not depend on the previous document. An engine that raises an error for document starts
-    passes.
+    be overwritten; equal tokens give equal logits; logits do not depend on the last token or on
+    other windows of a batch. If L >= 4, the second of two documents is checked too: with document
+    starts, its logits equal those of the document alone, and do not depend on the first document.
+    An engine that raises a SparseLogitsError for document starts passes.
 
     Args:
         engine: engine to validate.
@@ -33,7 +33,8 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
             shapes may be rounded differently, so half precision needs a larger value.
 
     Raises:
-        TeacherError: a condition is violated; the message names it.
+        TeacherError: a condition is violated, which the message names, or `tokens` has another
+            shape.
 
     Example:
         >>> teacher = ModuleTeacher(trunk, head, token_mask=mask, name="x", architecture="mine")

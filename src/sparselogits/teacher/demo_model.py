@@ -44,7 +44,7 @@ def demo_model() -> Path:
     """Return the folder of the demo's teacher in safetensors.
 
     The first call converts the model from GGUF, in about half a minute. Raises
-    MissingDependencyError, which names all missing packages.
+    MissingDependencyError if a package is missing.
     """
     require("the model `demo`", demo_model=True)
     gguf = _gguf_file()

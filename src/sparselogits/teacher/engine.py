@@ -17,8 +17,8 @@ class LogitsSlice:
     Args:
         row: index of the window in the batch.
         positions: slice of P positions with step 1.
-        logits: float32 [P, V] on the teacher's device, -inf at ids that are not tokens. The
-            receiver may overwrite the tensor.
+        logits: float32 [P, V], or from `logits_at` one row per wanted position; -inf at ids that
+            are not tokens. The receiver may overwrite the tensor.
     """
 
     row: int

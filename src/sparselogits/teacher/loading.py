@@ -144,7 +144,7 @@ def load_teacher(
         name: local folder, GGUF file or hub name, or "demo" (see `demo_model`).
         tokenizer: tokenizer of the teacher, from `load_tokenizer`.
         dtype: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint.
-        device: device of the model, unless `device_map` distributes it over several.
+        device: device of the model; ignored with `device_map` or `tp_plan`.
         device_map: passed to transformers ("auto" for a teacher larger than a device).
         max_memory: maximum memory per device for `device_map`, passed to transformers; weights
             beyond it are read from disk.
@@ -159,12 +159,14 @@ def load_teacher(
         The teacher, whose identity contains the fingerprint of its weights.
 
     Warns:
-        SlowFormatWarning: `dtype` is "auto", and the processor runs the model faster in float32.
+        SlowFormatWarning: `dtype` is "auto", and the model is on the processor, which runs it
+            faster in float32. Of several ranks, the first one warns.
 
     Raises:
         TeacherError: the model cannot be read, has no trained head, does not match the tokenizer,
             or changes on disk while it is read, or `dtype` is unknown.
-        MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
+        MissingDependencyError: the gguf package is missing for a GGUF file, peft for an adapter, or
+            a package that "demo" needs.
 
     Example:
         >>> tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M")
@@ -232,20 +234,21 @@ def load_language_model(
     trainable: bool = False,
     allow: Collection[str] = (),
 ) -> nn.Module:
-    """Load a language model whose checkpoint contains all of its weights.
+    """Load a language model, and validate that its checkpoint contains all of its weights.
 
     A checkpoint whose configuration names a masked class is loaded as a masked language model, any
     other as a causal language model.
 
-    For the folder of a PEFT adapter, the base model is loaded with the adapter. Arguments that are
-    not listed here are those of `load_teacher`.
+    For a PEFT adapter, the base model is loaded with the adapter. Arguments that are not listed
+    here are those of `load_teacher`.
 
     Args:
         trainable: whether the weights of an adapter, and only those, will be trained.
 
     Raises:
-        TeacherError: the model cannot be read, is not a language model, or lacks weights.
-        MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
+        TeacherError: the model cannot be read, is not a language model, or lacks weights, or
+            `dtype` is unknown.
+        MissingDependencyError: see `load_teacher`.
     """
     found = find_checkpoint(model_named(name), allow=allow)
     how = {"trust_remote_code": trust_remote_code, "trainable": trainable}
@@ -376,7 +379,7 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
 
 
 def _resize_for(found: Checkpoint, base: nn.Module) -> None:
-    """Resize the base's embedding to the row count of the adapter's embedding, if there is one."""
+    """Resize the base's embedding to the row count of an embedding that the adapter contains."""
     rows = embedding_rows(base)
     names = {id(p): name for name, p in base.named_parameters(remove_duplicate=False)}
     embedding = names.get(id(base.get_input_embeddings().weight))  # type: ignore[operator]
@@ -394,7 +397,8 @@ def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ())
         allow: names of `ALLOWANCES`; "tokens-without-rows" turns the error into a warning.
 
     Raises:
-        TeacherError: the head or the embedding has no rows for some ids of the tokenizer.
+        TeacherError: the head or the embedding has no rows for some ids of the tokenizer, or the
+            tokenizer has no ids.
     """
     head_rows = output_columns(model)
     rows = min(head_rows, embedding_rows(model))
@@ -443,7 +447,7 @@ def weights_fingerprint(found: Checkpoint, model: nn.Module) -> str:
 
 
 def _remote_code(model: nn.Module) -> bytes:
-    """Return the modelling code from a model's folder; empty for a class of transformers."""
+    """Return the modelling code from a model's folder; empty if the model's class is elsewhere."""
     module = sys.modules.get(type(model).__module__)
     if not type(model).__module__.startswith("transformers_modules") or module is None:
         return b""
@@ -452,7 +456,7 @@ def _remote_code(model: nn.Module) -> bytes:
 
 
 def module_fingerprint(model: nn.Module) -> str:
-    """Return a sha256 over the name, dtype, shape and bytes of every tensor in a loaded model."""
+    """Return a sha256 over name, dtype, shape and bytes of each tensor in a model's state dict."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -498,9 +502,10 @@ def _require_folder(name: str, error: Exception) -> None:
 def quantization(name: str, model: nn.Module) -> str | None:
     """Return the quantisation of a teacher's weights, for the identity; None without quantisation.
 
-    The result is the type in a GGUF file, or the method (torchao, bitsandbytes, gptq, ...) and the
-    number type in a configuration's `quantization_config`. The fingerprint of the weights includes
-    the other settings of the quantisation.
+    The result is the type in a GGUF file, the method (torchao, bitsandbytes, gptq, ...) and the
+    number type in a configuration's `quantization_config`, or the type that the demo's teacher had
+    before its conversion. The fingerprint of the weights includes the other settings of the
+    quantisation.
     """
     if name.lower().endswith(".gguf"):
         from gguf import GGUFReader
@@ -518,7 +523,7 @@ def quantization(name: str, model: nn.Module) -> str | None:
 
 
 def _number_type(settings: dict[str, Any]) -> str:
-    """Return the number type in a quantization_config, whose key depends on the method."""
+    """Return the number type in a quantization_config, under one of several keys; "" if absent."""
     if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "4 bits"))
     if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):

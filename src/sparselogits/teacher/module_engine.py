@@ -29,7 +29,7 @@ class ModuleTeacher:
         architecture: name and version of the modules' code; this text is compared.
         weights: fingerprint of the weights, such as a hub revision or a hash of files, for modules
             that do not contain all weights because the trunk calls an inference engine; None to
-            hash the parameters.
+            hash the modules' state dicts.
         slice_positions: number of positions for which logits are in memory at a time.
 
     Raises:

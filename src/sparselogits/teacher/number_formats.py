@@ -1,4 +1,4 @@
-"""Say whether the processor multiplies numbers of 16 bits by instructions of its own."""
+"""Detect whether the processor has instructions for products of 16-bit numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 def has_products(dtype: torch.dtype) -> bool | None:
     """Return whether the processor has instructions for products of bfloat16 or float16 numbers.
 
-    Without them PyTorch computes the products several times slower than those of float32. None if
-    unknown: for other data types, and for processors other than x86.
+    Without such instructions PyTorch computes the products several times slower than in float32.
+    The result is None if unknown: for other data types, for processors other than x86, and for
+    float16 if PyTorch lacks oneDNN.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return None

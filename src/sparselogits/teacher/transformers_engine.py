@@ -1,8 +1,8 @@
 """Use a transformers language model, causal or masked, as a teacher.
 
-The trunk runs over a batch of windows; the head runs over slices of positions, so that the largest
-tensor with a vocabulary dimension has `slice_positions` rows. If a model cannot be split into trunk
-and head (see `language_model`), its own forward pass runs one window at a time.
+The trunk runs over a batch of windows; the head runs over slices of at most `slice_positions`
+positions, so that the logits of one slice are in memory at a time. If a model cannot be split into
+trunk and head (see `language_model`), the model's forward pass runs one window at a time.
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ class TransformersTeacher:
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Cache the hidden states of windows that are run within a `with` block.
+        """Cache the hidden states of batches that are run within a `with` block.
 
-        Use this for text on which several students are evaluated in turn: if a window is run again
-        within such a block, only the head is computed, and the logits are bitwise equal. The cache
-        occupies up to `REMEMBERED_BYTES` and exists as long as the teacher. Windows that do not fit
-        into the cache are run each time.
+        Use this for text on which several students are evaluated in turn: if the same batch of
+        windows is run again within such a block, only the head is computed, and the logits are
+        bitwise equal. The cache occupies up to `REMEMBERED_BYTES` and exists as long as the
+        teacher. Batches that do not fit into the cache are run each time, and so are all batches of
+        a model that cannot be split into trunk and head.
         """
         self._remembers = True
         try:
@@ -224,7 +225,10 @@ class TransformersTeacher:
 
 
 def entrance(model: nn.Module) -> torch.device:
-    """Return the device for input tokens: the device of the first weight that is not offloaded."""
+    """Return the device for input tokens: that of the first weight that is not offloaded.
+
+    If all weights are offloaded, this is the device on which accelerate runs the model.
+    """
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device

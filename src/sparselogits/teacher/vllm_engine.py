@@ -56,7 +56,7 @@ _ROUNDING_ONLY = {
     *("max_num_seqs", "max_num_batched_tokens", "block_size", "seed", "disable_log_stats"),
     *("enforce_eager", "compilation_config", "disable_custom_all_reduce", "download_dir"),
 }
-"""Options that change at most the order of additions; all others are part of the identity."""
+"""Options that change at most the order of additions; other accepted ones are in the identity."""
 
 
 class VllmTeacher:
@@ -157,7 +157,7 @@ def load_vllm_teacher(
     that transformers computes for a few tokens are compared with those of vLLM.
 
     Args:
-        name: local folder or hub name.
+        name: local folder or hub name, or "demo" (see `demo_model`).
         tokenizer: tokenizer of the teacher, from `load_tokenizer`.
         window_length: number of tokens per window.
         dtype: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint.
@@ -169,9 +169,9 @@ def load_vllm_teacher(
 
     Raises:
         MissingDependencyError: vLLM is not installed, or it cannot be imported.
-        InvalidArgumentError: an option is one that this function sets, or would make vLLM run
-            another model; `device` is a GPU, but not the first visible one; or the model fails on
-            windows of `window_length` tokens.
+        InvalidArgumentError: an option is one that this function sets, could make vLLM run another
+            model, or is not a JSON value; `device` is a GPU, but not the first visible one; or the
+            model fails on windows of `window_length` tokens.
         TeacherError: the model cannot be read, is not a causal model that vLLM supports, or its
             states in vLLM differ from those in transformers.
 
@@ -267,10 +267,10 @@ def require_first_gpu(device: str | torch.device) -> None:
 
 
 def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the identity for the options of vLLM's `LLM` that change its numbers.
+    """Return the fields of the identity for the options of vLLM's `LLM` beyond `_ROUNDING_ONLY`.
 
     Raises:
-        InvalidArgumentError: such an option is not a JSON value.
+        InvalidArgumentError: one of these options is not a JSON value.
     """
     kept = {k: v for k, v in options.items() if k not in _ROUNDING_ONLY and v is not None}
     try:
@@ -325,7 +325,7 @@ def _start(
 def _require_same_states(
     teacher: VllmTeacher, reference: TransformersTeacher, window_length: int
 ) -> None:
-    """Validate on two short windows that vLLM's states equal the head's input in transformers.
+    """Validate on two short windows that vLLM's states are close to those of transformers.
 
     The states differ if a model scales them between the last norm and the head.
 

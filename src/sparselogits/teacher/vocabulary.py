@@ -13,10 +13,10 @@ from sparselogits.teacher.loading import locate_model
 
 
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """Return the number of rows in a teacher's head, as stated in the teacher's configuration.
+    """Return the number of rows in a teacher's head, as stated in configuration or GGUF header.
 
-    The result is None if the configuration cannot be read or does not state the number, and for an
-    adapter, because it may add tokens. The arguments are those of `load_tokenizer`.
+    The result is None if the file cannot be read or does not state the number, and for an adapter,
+    because adapters may add tokens. The arguments are those of `load_tokenizer`.
     """
     try:
         source, arguments = locate_model(name)
@@ -34,7 +34,7 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None
 
 
 def _of_gguf(path: Path) -> int | None:
-    """Return the number of rows in the head of a GGUF file; None if the file contains no head."""
+    """Return the number of rows in a GGUF file's head, else in its embedding; None without both."""
     from gguf import GGUFReader
 
     shapes = {tensor.name: tensor.shape for tensor in GGUFReader(str(path)).tensors}

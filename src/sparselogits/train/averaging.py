@@ -35,7 +35,7 @@ def average_checkpoints(
 
     The mean is computed in float32 by torch's `AveragedModel`; two models are in memory at a time.
 
-    The average of drafters has their draft vocabulary.
+    The average of drafters has the draft vocabulary of the drafters.
 
     Args:
         folders: at least two model folders of the same architecture: checkpoints of the Trainer, or
@@ -48,8 +48,8 @@ def average_checkpoints(
         The averaged model, on the CPU.
 
     Raises:
-        InvalidArgumentError: If there are fewer than two checkpoints, two have identical files, or
-            the weights differ in names or shapes, or the draft vocabularies differ.
+        InvalidArgumentError: If there are fewer than two checkpoints, two have identical files, the
+            weights differ in names or shapes, the draft vocabularies differ, or `out` is not empty.
         TeacherError: If a checkpoint cannot be loaded or has weights that are not finite, or
             `dtype` is unknown.
         StorageError: If the folder cannot be written; an incomplete folder is removed.

@@ -1,7 +1,7 @@
 """Detect a loss that is not finite without waiting for the device in every step.
 
-Losses stay on the device until the Trainer waits for the device anyway: at log lines, checkpoints
-and the end of training.
+Losses stay on the device until the Trainer waits for the device anyway, at log lines, checkpoints
+and the end of training, or until `_MOST_UNCHECKED` losses are stored.
 """
 
 from __future__ import annotations

@@ -1,19 +1,21 @@
 """Accumulate the metrics of a log line, except the loss, without waiting for the device.
 
-Losses are means over positions with a label.
+Losses are means over positions with a label, in masked diffusion weighted by the windows' loss
+weights; the cosine loss is a mean over all positions that are not padding.
 
-    kd                  cross-entropy to the cached target, or divergence from the online teacher,
-                        nats
+    kd                  cross-entropy to the cached target, or in training divergence from the
+                        online teacher, nats
     ce                  cross-entropy to the label, nats
-    kl                  KL(teacher || student), nats: kd minus the teacher's entropy
+    kl                  KL(teacher || student), nats: kd minus the cached teacher's entropy, for
+                        unbiased targets
     cosine              1 - cosine of the last hidden states of student and online teacher
     entries             stored entries per position with a label
     tokens_per_second   tokens per second over all ranks; the time from a log line to the next batch
                         (evaluation, saving) does not count
     data_seconds        seconds that a rank waited for batches, mean over ranks
 
-The cached teacher's entropy is a mean over all positions of a window. Positions without a label
-count in that mean but not in `kd`; `kl` ignores the difference.
+The cached teacher's entropy is a mean over the positions of a window with a target. Those without a
+label count in that mean but not in `kd`; `kl` ignores the difference.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class Wiring:
             logits of the student's own forward.
         head: name of the head among the student's modules; None if `trunk` is None.
         parts: trunk and head of the student; None if `trunk` is None.
-        balancing: function that computes the load-balancing loss of a mixture of experts; None for
-            other models.
+        balancing: function that computes the load-balancing loss of a mixture of experts; None if
+            the model has no such loss, or if the student's own forward computes the loss.
         router_coefficient: coefficient of the load-balancing loss.
         documents: method of running packed windows whose attention restarts at document borders.
     """
@@ -121,11 +121,11 @@ class Wiring:
 def bind(model: nn.Module, objective: Objective) -> Wiring:
     """Replace the forward of one model instance by one that computes the objective.
 
-    Called with `shift_labels`, the model returns a loss: the objective if gradients are recorded,
-    otherwise the labels' cross-entropy (evaluation), with logits only if the objective has
-    `with_logits`. Other calls are unchanged. The class of the model is replaced by a subclass of
-    the same name; copies and pickles have the original class. If trunk and head cannot be run
-    separately, the loss is computed on the logits of the model's forward, with a warning.
+    Called with `input_ids` and `shift_labels`, the model returns a loss: the objective if gradients
+    are recorded, otherwise the labels' cross-entropy (evaluation), with logits only if the
+    objective has `with_logits`. Other calls are unchanged. The class of the model is replaced by a
+    subclass of the same name; copies and pickles have the original class. If trunk and head cannot
+    be run separately, the loss is computed on the logits of the model's forward, with a warning.
 
     Returns:
         The wiring, with which `attach` binds the model again after `unbind`.
@@ -170,11 +170,11 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
 
 
 def attach(model: nn.Module, wiring: Wiring) -> None:
-    """Bind a student to its objective again.
+    """Replace the forward of a student as `bind` does, given the wiring that `bind` returns.
 
     Args:
         model: the student.
-        wiring: result of `bind` for the student.
+        wiring: wiring of the student.
     """
     if not isinstance(model, _Bound):
         model.__class__ = _bound_class(type(model))  # type: ignore[arg-type]
@@ -240,7 +240,9 @@ def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that computes the objective if labels are given, else calls `plain`.
+    """Return a forward that computes the objective for labels, or calls `plain`.
+
+    `plain` is called if the model is not bound, or `shift_labels` or `input_ids` is missing.
 
     The result has the signature of `plain`, which transformers inspects, for example to decide
     whether to pass an attention mask.
@@ -379,7 +381,7 @@ def _cosine_distance(student: Tensor, teacher: Tensor, attention_mask: Tensor | 
 def _label_surplus(
     states: Tensor, head: Head | None, labels: Tensor, counted: Tensor, weight: Tensor | None
 ) -> Tensor:
-    """Return the weighted sum of (label's logit - mean logit) over positions.
+    """Return the weighted sum of (label's logit - mean logit) over positions with a label.
 
     With label smoothing e, cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to
     the label by e times this sum, because both have the same log-partition.
@@ -406,8 +408,9 @@ def _run(
 
     Returns:
         Hidden states [B, L, D] (logits [B, L, V] if trunk and head cannot be run separately), the
-        head (None with logits), the load-balancing loss of a mixture of experts (or None), and the
-        last hidden states [B, L, D] for the cosine loss (None without trunk or cosine loss).
+        head (None with logits), the load-balancing loss of a mixture of experts, multiplied by its
+        coefficient (or None), and the last hidden states [B, L, D] for the cosine loss (None
+        without trunk or cosine loss).
     """
     inputs["use_cache"] = False
     parts = wiring.parts_of(model)
@@ -442,7 +445,7 @@ def _run(
 def _run_documents(
     model: nn.Module, run: Callable[..., Tensor], wiring: Wiring, inputs: dict[str, Any]
 ) -> Tensor:
-    """Run the windows of a batch, or each document alone if attention restarts at documents."""
+    """Run the windows of a batch; attention restarts where `position_ids` restart at 0."""
     positions = inputs.get("position_ids")
     if positions is not None and int((positions == 0).sum()) > len(positions):
         del inputs["position_ids"]

@@ -198,7 +198,7 @@ def student_of(config: str) -> dict[str, Any]:
             of a folder with one.
 
     Raises:
-        RecipeError: If a name is unknown or a value is not an integer.
+        RecipeError: If a name is unknown or a number is not an integer.
     """
     if config in SIZES:
         return {"size": config}
@@ -312,7 +312,7 @@ class TrainingSettings(_Strict):
     """Training settings of a recipe, named like fields of TrainingArguments.
 
     The other fields of transformers' TrainingArguments are accepted too, except the fields in
-    `set_elsewhere`, and values that `SparseKDTrainer` does not support.
+    `set_elsewhere`. Values that `SparseKDTrainer` does not support are rejected by `run`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -403,7 +403,7 @@ class TrainingSettings(_Strict):
 
     @property
     def training_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for TrainingArguments, by name."""
+        """Settings of this section, given or default, by field of TrainingArguments."""
         given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
         return given | (self.model_extra or {})
 
@@ -417,7 +417,7 @@ def training_argument_names() -> tuple[str, ...]:
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the settings in a recipe.json of any version to those of this version."""
+    """Convert the settings in a recipe.json of this or an earlier version to this version's."""
     new = {RENAMED.get(name, name): value for name, value in values.items() if name != "trainer"}
     if "precision" in values:
         new["bf16"] = values["precision"] == "bfloat16"
@@ -640,7 +640,7 @@ def validated(
         wrong: beginning of the error message.
 
     Raises:
-        RecipeError: If values are invalid; the message has one line per invalid key.
+        RecipeError: If values are invalid; the message lists the invalid keys.
     """
     try:
         return model.model_validate(values)
@@ -660,7 +660,7 @@ _FIELDS = {
 
 
 def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
-    """Return the line of an error message for an element of `ValidationError.errors()`."""
+    """Return the lines of an error message for an element of `ValidationError.errors()`."""
     path = [str(part) for part in detail["loc"]]
     # "(...)" is the alternative of a union that pydantic chose, not a key
     name = ".".join(part for part in path if not part.startswith("("))

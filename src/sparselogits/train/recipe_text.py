@@ -26,11 +26,11 @@ _WIDTH = 98
 
 
 def recipe_text(values: Mapping[str, Any]) -> str:
-    """Return a YAML recipe that has every setting, each with a comment.
+    """Return a YAML recipe that lists the fields of `Recipe` and `Student`, each with a comment.
 
     Args:
-        values: settings by key, as for `parse_recipe`. All other settings have their defaults;
-            `cache`, `out` and `student` have example values.
+        values: settings by key, as for `parse_recipe`. Other settings have default or example
+            values.
     """
     merged = {**_START, **values}
     lines = [

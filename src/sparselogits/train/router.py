@@ -25,15 +25,15 @@ def balances_experts(model: nn.Module) -> bool:
 
 
 def coefficient(model: nn.Module) -> float:
-    """Return the load-balancing loss's coefficient in the model's loss; 0 if it has none."""
+    """Return the load-balancing loss's coefficient in the model's configuration; 0 if absent."""
     return float(getattr(text_config(model.config), "router_aux_loss_coef", 0.0))
 
 
 def balancing_loss(model: nn.Module, parts: Parts) -> BalancingLoss | None:
     """Return a function that computes the model's load-balancing loss from the trunk's output.
 
-    The result is None if the model's module defines no such loss, or if the function differs from
-    the loss in the model's own forward on a few tokens.
+    The result is None if the model or its module lacks what the loss needs, or if the function
+    fails or differs from the loss in the model's own forward on a few tokens.
     """
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     experts = getattr(model, "num_experts", None)

@@ -76,7 +76,10 @@ from sparselogits.untrusted import printable
 from sparselogits.wording import counted
 
 TrainingProgress = Callable[[int, int, dict[str, float]], None]
-"""Function that is called with the steps done, the total steps and the latest log line."""
+"""Function that is called with the steps done, the total steps and the metrics of a log line.
+
+The metrics are empty in a call without a log line.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,9 @@ class RunResult:
         seconds: wall time of training in seconds; if the run was resumed, without the time of
             earlier processes.
         steps: number of optimiser steps.
-        curve: (step, training loss in nats) of every log line.
-        label_curve: (step, cross-entropy to the labels in nats) of every log line; comparable
-            between methods.
+        curve: (step, training loss in nats) of every log line with a loss.
+        label_curve: (step, cross-entropy to the labels in nats) of every log line with this value;
+            comparable between methods.
         entries: stored entries per position at the last log line, after thinning; None for a method
             without cached targets.
         fresh: whether this call trained; False if the run was already finished.
@@ -123,7 +126,7 @@ class PlannedRun:
         device: device of the student.
         windows: number of windows in the cache.
         steps: number of optimiser steps.
-        tokens: number of tokens that the student reads, over all steps and ranks.
+        tokens: number of tokens, including padding, in all steps and ranks if each step is full.
         learning_rate: peak learning rate.
         loss: description of the loss.
         goes_on_from: path of the checkpoint from which the run resumes; None for a new run.
@@ -158,13 +161,18 @@ def run(
         teacher: loaded teacher for a method with the teacher online; None to load the teacher that
             the recipe names.
         device: device of the student; None for the Trainer's choice, "cpu" for no accelerator.
-        progress: function that is called in every step and at every log line.
-        announce: function that is called with a description of the run before the first step.
+        progress: function that is called before training, after every step and at every log line.
+        announce: function that is called with a description of the run before the first step, but
+            not for a finished run.
 
     Raises:
         RecipeError: If `out` contains a run of another recipe, or a setting is invalid.
-        TrainingError: If another process trains in `out`, or the loss is not finite.
+        InvalidArgumentError: If settings do not fit the student or the cache.
+        TrainingError: If another process trains in `out`, or the loss or a weight is not finite.
         IdentityMismatchError: If the teacher, or the tokenizer, is not that of the cache.
+        CacheError: If a cache is missing or damaged.
+        TeacherError: If the student or the teacher cannot be loaded.
+        MissingDependencyError: If a package that a setting needs is missing.
         StorageError: If the folder cannot be written.
 
     Examples:
@@ -307,7 +315,7 @@ def save_untrained(recipe: Recipe) -> RunResult:
 
 
 def _new_student(recipe: Recipe, dataset: CacheDataset, tokenizer: Any | None) -> nn.Module:
-    """Create the untrained student of a recipe."""
+    """Create the untrained student of a recipe; reset torch's random seed to the recipe's."""
     torch.manual_seed(recipe.seed)
     vocab_size = max(cache.identity.vocab_size for cache in dataset.caches)
     model = make_student(recipe.student, vocab_size=vocab_size, dataset=dataset)
@@ -376,7 +384,7 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
 def _heldout(
     recipe: Recipe, corruption: Corruption | None, draft: DraftVocabulary | None
 ) -> TextDataset:
-    """Return the windows held out when the cache was built; raise RecipeError if there are none."""
+    """Return the held-out windows of the first local cache with text; RecipeError without any."""
     folders = [Path(cache) / "corpus" for cache in recipe.caches if not is_url(cache)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     heldout = None
@@ -510,7 +518,7 @@ def _finish(
 
 
 def _remove_checkpoints(out: Path) -> None:
-    """Move the logs in a finished run's OUT/checkpoints to OUT/logs, and remove the folder."""
+    """Move all but the checkpoints from OUT/checkpoints to OUT/logs, and remove the folder."""
     for path in (out / "checkpoints").glob("*"):
         if not path.name.startswith("checkpoint-"):
             (out / "logs").mkdir(exist_ok=True)
@@ -533,7 +541,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
 
 
 def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
-    """Return path-independent fingerprints of the cache, its text and an existing student."""
+    """Return fingerprints of the cache, the text of its first shard and an existing student."""
     first = dataset.cache.window_index(0)
     made = {
         "cache": dataset.identity.fingerprint,

@@ -34,10 +34,13 @@ def save_student(
     draft: DraftVocabulary | None = None,
     quantization: Quantization | None = None,
 ) -> None:
-    """Write OUT/model, and OUT/adapter if an adapter was trained, each folder atomically.
+    """Write OUT/model, and OUT/adapter if an adapter was trained.
+
+    An existing folder is removed first; the new one appears with its whole content.
 
     Args:
-        model: the student; the adapter of a PEFT model is saved and then merged into the weights.
+        model: the student, which is changed: the adapter of a PEFT model is saved and then merged
+            into the weights, and the weights are converted to `dtype`.
         out: folder of the run.
         tokenizer: tokenizer to save with the student; None to save none.
         dtype: number format of the saved weights.

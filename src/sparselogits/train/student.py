@@ -42,13 +42,16 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
 
     Args:
         student: the student's settings.
-        vocab_size: number of token ids of a new model.
-        dataset: dataset that determines the window length and separator token of a new model.
+        vocab_size: see `student_configuration`.
+        dataset: dataset that determines the window length and separator token of a new model, and
+            the draft vocabulary that an existing drafter must have.
 
     Raises:
         TeacherError: If an existing model cannot be loaded, or has weights that are not finite.
         RecipeError: If the configuration is invalid, or an adapter does not fit the model.
         InvalidArgumentError: If the existing model is a drafter with another draft vocabulary.
+        MissingDependencyError: If a package that the model, adapter or quantisation needs is
+            missing.
     """
     if student.path is not None:
         require_vocabulary_of(Path(model_named(student.path)), dataset.draft)

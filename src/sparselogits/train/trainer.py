@@ -75,7 +75,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         cosine: weight of the cosine loss between the last hidden states of student and teacher, for
             a method with the teacher online: the mean of 1 - cosine over all positions that are not
             padding (`alpha_cos` of DistilBERT). Hidden sizes must be equal.
-        missing_mass: rule for the probability mass that Top-K and Top-P targets lack; see
+        missing_mass: rule for the probability mass that biased targets (Top-K, Top-P) lack; see
             `losses.Criterion`.
         rounds: number of rounds to which the cached targets are thinned, at most the number in the
             cache; or a `Schedule` that changes the number during training. None uses all rounds.
@@ -83,14 +83,15 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         teacher: the cache's teacher, for a method with the teacher online.
         eval_dataset: held-out windows, a `datasets.Dataset` of tokenised rows (`input_ids`,
             optionally `labels`), or several datasets by name. The evaluation loss is the labels'
-            cross-entropy; for windows with targets the KD part is reported too.
+            cross-entropy; with the method "sparse", the KD part is reported too for windows with
+            targets.
         others: other arguments of transformers' Trainer. docs/training.md lists the arguments of
             the Trainer and of TrainingArguments that behave differently or are rejected.
 
     Raises:
         InvalidArgumentError: If arguments contradict each other or the cache, or would have no
             effect.
-        InvalidTargetsError: If the student has fewer ids than the targets use.
+        InvalidTargetsError: If the student has fewer ids than the cache's teacher.
 
     Examples:
         >>> from transformers import AutoModelForCausalLM, TrainingArguments
@@ -261,8 +262,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         """Train the student; arguments and result are those of transformers' `Trainer.train`.
 
         Raises:
-            InvalidArgumentError: If no weight can be trained, or if a checkpoint belongs to another
-                cache or to a run with another number of windows per step.
+            InvalidArgumentError: If no weight can be trained, or if the data order of a checkpoint
+                cannot be continued: other caches, missing windows, or another number of windows per
+                step.
             TrainingError: If the loss or the weights are not finite.
         """
         if not any(parameter.requires_grad for parameter in self._student.parameters()):
@@ -321,7 +323,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, *arguments, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *others: Any) -> Any:
-        """Return the batches of one optimiser step, and measure the time spent waiting for them."""
+        """Return the batches of one step and their number of items; measure the time of waiting."""
         with self.objective.training.waiting():
             return super().get_batch_samples(epoch_iterator, *others)
 
@@ -346,7 +348,11 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, *arguments: Any, **options: Any) -> Any:
-        """Compute the objective in the student's own forward."""
+        """Compute the loss in the student's own forward.
+
+        Raises:
+            InvalidArgumentError: If the batch has no `shift_labels`.
+        """
         if inputs.get("shift_labels") is None:
             raise InvalidArgumentError(
                 f"a batch has the keys {', '.join(inputs)}, but no shift_labels, which the loss "
@@ -388,7 +394,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return {**inputs, "shift_labels": labels}
 
     def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
-        """Return a loader of batches, which omits the last windows in training only."""
+        """Return a loader of batches; `dataloader_drop_last` has an effect in training only."""
         drops = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drops and options.get("is_training", False)
         try:
@@ -424,7 +430,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         """Log as transformers does; add the metrics of `LossMeter` to a line with the loss.
 
         Raises:
-            TrainingError: If a loss since the last line with a loss is not finite.
+            TrainingError: If a loss since the last check is not finite.
         """
         if "loss" in logs:
             logs = {**logs, **self.objective.training.take(self._sum_over_ranks)}
@@ -475,10 +481,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Evaluate as transformers' Trainer does, and return the metrics by name.
 
-        `eval_loss` is the cross-entropy to the labels. With targets in the windows, `eval_kd` is
-        the cross-entropy to the targets, or the divergence from the online teacher. If the targets
-        are unbiased and of the whole vocabulary, `eval_kl` estimates KL(teacher || student). All
-        three are means over positions with a label, in nats.
+        `eval_loss` is the cross-entropy to the labels. With the method "sparse" and targets in the
+        windows, `eval_kd` is the cross-entropy to the targets. If these are unbiased and of the
+        whole vocabulary, `eval_kl` estimates KL(teacher || student). All three are means over
+        positions with a label, in nats.
         """
         self.objective.evaluation.take(self._sum_over_ranks)
         given = self._eval_windows(eval_dataset)
@@ -550,6 +556,8 @@ class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
 
 class _SynchroniseOrder(TrainerCallback):  # type: ignore[misc]
     """Callback that passes the epoch to the order of windows, and records the order in checkpoints.
+
+    Before training, the callback validates that a thinning schedule covers all steps.
 
     Accelerate does not pass the epoch to the sampler of a resumed run on several ranks.
     """

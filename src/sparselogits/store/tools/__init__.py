@@ -1,1 +1,1 @@
-"""Verify, repair, merge, publish, export, sample and describe existing caches."""
+"""Verify, repair, merge, publish, export, sample and describe caches."""

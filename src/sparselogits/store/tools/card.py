@@ -52,7 +52,7 @@ Identity of the cache (fingerprint `{identity.fingerprint}`):
 
 
 def _code(value: object) -> str:
-    """Return a value of an identity as inline code, without special characters."""
+    """Return a value of an identity as inline code that can stand in a table cell."""
     text = value if isinstance(value, str) else shown(value)
     text = " ".join(printable(text, 200).split())
     # a vertical line ends a table cell even within inline code
@@ -60,7 +60,7 @@ def _code(value: object) -> str:
 
 
 def _table(identity: Identity, found: CacheStatistics) -> str:
-    """Return a Markdown table of statistics."""
+    """Return a Markdown table of a cache's statistics and settings."""
     padded = identity.packing.get("kind") == "documents"
     padding = ", counting padding" if padded else ""
     rows = {

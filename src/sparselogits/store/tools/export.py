@@ -1,4 +1,4 @@
-"""Export a cache to the formats of other tools, one shard at a time, in constant memory.
+"""Export a cache to the formats of other tools, one window at a time.
 
 lists       Parquet with one row per window: tokens, and the ids and weights of each position as
             lists
@@ -6,7 +6,8 @@ topk        Parquet with one row per window: tokens, and the K ids with the larg
             position with the logarithms of their weights, as rectangular arrays for Top-K trainers
 weighted    Parquet with one row per window: input tokens [N], target tokens [N, K] and weights
             [N, K], the inputs of a weighted cross-entropy such as Tinker's
-distillkit  Parquet and compression_config.yaml: Top-K lists in DistillKit's packing, lossless
+distillkit  Parquet and compression_config.yaml: Top-K lists in DistillKit's packing, with the
+            logarithms in float32
 axolotl     Parquet: Top-K lists as token ids, in the columns of Axolotl's KD plugin
 datasets    folder for `datasets.load_from_disk`, with the columns of `lists`
 """
@@ -75,8 +76,8 @@ def export(
         out: output folder, which must be missing or empty.
         form: output format, one of FORMATS.
         k: number of entries per position in `topk`, `distillkit` and `axolotl`. Positions with
-            fewer entries are padded, in `topk` with id 0 and logarithm -inf, otherwise with other
-            ids of probability 0.
+            fewer entries are padded, in `topk` with id 0 and logarithm -inf, otherwise with ids of
+            logarithm -10,000.
         alpha: share of the true token in the weights of the format `weighted`, from 0 to 1.
         progress: called with the numbers of windows done and in total.
 
@@ -86,9 +87,10 @@ def export(
     Raises:
         InvalidArgumentError: the format is unknown, k is below 1 (or, for `distillkit` and
             `axolotl`, above the vocabulary size), alpha is outside of [0, 1], the folder is not
-            empty, or the format cannot represent the cache: `distillkit` requires a target at every
-            position, and the formats of trainers require a causal model.
-        CacheError: the cache is empty.
+            empty, or the format cannot represent the cache: `distillkit` requires a label at every
+            position but the last one of a window, and `weighted`, `distillkit` and `axolotl`
+            require a causal model.
+        CacheError: the cache is empty or damaged.
         StorageError: the folder cannot be written; no partial export remains.
 
     Examples:
@@ -214,7 +216,7 @@ def _weighted(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _padded_heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array, _Array]:
-    """Return k distinct ids per position, their logprobs, and whether each is an entry, [L, k]."""
+    """Return k distinct ids per position, logprobs, and whether each weight is positive: [L, k]."""
     ids, weights = _heaviest(record, k)
     real = weights > 0
     for position in np.flatnonzero(~real.all(1)):
@@ -257,7 +259,7 @@ def _packing(settings: _Settings) -> str:
 
 
 def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the row of a window in the format `axolotl`, with targets at predicted tokens."""
+    """Return the row of a window in the format `axolotl`, with each target at its token."""
     from sparselogits.documents import restarting_positions  # slow to import
 
     labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)
@@ -299,7 +301,7 @@ def _matrix(values: _Array) -> pa.Array:
 
 
 def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
-    """Return a table of one row: a window's index and tokens, and one list per column."""
+    """Return a table of one row: a window's index, tokens and inputs, and one list per column."""
     index = {"window_index": pa.array([record.window_index], pa.int64())}
     whole = {"tokens": pa.array(record.tokens), **columns}
     if record.inputs is not None:

@@ -40,10 +40,11 @@ def merge(
 ) -> MergeReport:
     """Copy the shards of several caches to one cache, which is created if it is missing.
 
-    All bytes are verified. After an interruption, call the function again to continue. If several
-    sources contain a range, only the first source's shard is copied, because all contain the same
-    targets. An existing shard of the merged cache is compared by size and checksums; a damaged one,
-    which a storage without atomic writes may leave, is moved aside and written again.
+    Copied bytes are verified. After an interruption, call the function again to continue. If
+    several sources contain a range, only the first source's shard is copied. If the merged cache
+    has a shard of the range already, that shard is kept if its checksums and footer equal the
+    source's, or if it is sound. Otherwise it is moved aside and written again; a storage without
+    atomic writes may leave a damaged shard.
 
     Args:
         sources: at least one cache.
@@ -55,7 +56,7 @@ def merge(
             different texts.
         CacheError: there is no source, or two ranges overlap without being equal; no shard was
             written.
-        CacheCorruptionError: a shard is damaged; the shards before it were copied.
+        CacheCorruptionError: a file of a cache is damaged; some shards may have been copied.
         StorageError: a cache cannot be reached or written.
 
     Examples:
@@ -121,7 +122,7 @@ def _texts_of(
 
 
 def _require_texts(texts: TextCheck, shards: Iterable[tuple[Range, Cache]]) -> None:
-    """Validate that the texts in the shards' provenance agree."""
+    """Validate the texts in the provenance of shards that are not damaged, and add them."""
     for windows, cache in sorted(shards, key=lambda shard: shard[0]):
         try:
             texts.require(windows, cache.provenance(windows[0]))
@@ -146,9 +147,9 @@ def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
 
 
 def _is_kept(source: Cache, target: Cache, windows: Range) -> bool:
-    """Return whether the merged cache has a sound shard of a range.
+    """Return whether the merged cache's shard equals the source's in guard and footer, or is sound.
 
-    Raises IdentityMismatchError if this shard was built from another text than the source's.
+    Raises IdentityMismatchError if the shard is sound, but was built from another text.
     """
     name = shard_name(*windows)
     here, there = _frame(source.storage, name), _frame(target.storage, name)
@@ -162,7 +163,7 @@ def _is_kept(source: Cache, target: Cache, windows: Range) -> bool:
 
 
 def _frame(storage: Storage, name: str) -> tuple[Guard, bytes] | None:
-    """Return the guard and the footer of a shard; None if they are damaged."""
+    """Return the guard and the footer of a shard; None if they are damaged or missing."""
     try:
         size, guard, tail = read_frame(storage, name)
     except (DamageError, OSError):

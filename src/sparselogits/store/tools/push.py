@@ -1,10 +1,9 @@
 """Publish a local cache at a URL.
 
-Files are written in the order of a build: cache.json, which claims the URL, then the shards, each
-of which is verified, and finally the dataset card with statistics. Other files are not changed. A
-cache that contains links is rejected. Sound shards at the URL are not copied again, so an
-interrupted push can be repeated, and a later push adds the shards built since. Readers can open the
-cache during a push.
+Files are written in the order of a build: cache.json, which claims the URL, then the shards, which
+are verified, and finally the dataset card with statistics. A local cache whose files are links is
+rejected. Sound shards at the URL are not copied again, so an interrupted push can be repeated, and
+a later push adds the shards built since. Readers can open the cache during a push.
 """
 
 from __future__ import annotations
@@ -35,10 +34,11 @@ def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> Me
         progress: called with the numbers of shards done and in total.
 
     Raises:
-        InvalidArgumentError: `url` is not a URL, or a file of the cache is a link.
+        InvalidArgumentError: `url` is not a URL to which fsspec can write, or a file of a local
+            cache is a link.
         IdentityMismatchError: the URL contains a cache with another identity or text.
-        CacheError: the cache has no shard, or one of its shards overlaps a shard at the URL.
-        CacheCorruptionError: a shard is damaged; the shards before it were copied.
+        CacheError: the cache has no shard, or one of its shards overlaps another range at the URL.
+        CacheCorruptionError: a file of a cache is damaged; some shards may have been copied.
         StorageError: the URL cannot be reached or written.
 
     Examples:
@@ -72,6 +72,7 @@ def require_unlinked(path: Path) -> None:
 
     Raises:
         InvalidArgumentError: the path is a link or a special file.
+        FileNotFoundError: the path does not exist.
     """
     mode = path.lstat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -83,7 +84,7 @@ def require_unlinked(path: Path) -> None:
 
 
 def _require_no_links(cache: Cache, root: Path) -> None:
-    """Validate that no file of a local cache is a link."""
+    """Validate that no file that a push reads from a local cache is a link."""
     folders = [folder for folder in (SHARDS, TEXTS) if (root / folder).exists()]
     shards = [shard_name(*windows) for windows in cache.finished()]
     texts = [f"{TEXTS}/{name}" for name in cache.storage.names(TEXTS)]

@@ -53,7 +53,8 @@ def repair(
         progress: see `verify`.
 
     Raises:
-        CacheError: another process is repairing the cache.
+        CacheError: another process is repairing the cache, or two shards overlap.
+        CacheCorruptionError: see `is_sound`.
         StorageError: the cache cannot be reached or written; moved files are not moved back.
 
     Examples:

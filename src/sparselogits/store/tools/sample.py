@@ -45,9 +45,9 @@ class CacheSample:
     Args:
         windows: number of windows in the sample.
         of: number of windows in the cache.
-        text_share: share of the sample's tokens that are text; the others are padding.
+        text_share: share of the sample's tokens that are text, not padding; 1 without windows.
         entries: histogram of entries per position with a target.
-        weights: histogram of the decimal logarithm of the weights.
+        weights: histogram of the decimal logarithm of the positive weights.
         entropy: histogram of the teacher's mean entropy per window, in nats.
     """
 
@@ -122,7 +122,7 @@ class LabelStatistics:
         positions: number of tokens whose position has a target.
         entries: number of entries at positions with a target.
         mass: sum of all weights at positions with a target.
-        windows: number of windows whose tokens all have the label.
+        windows: number of windows whose documents all have the label.
         teacher_loss: sum of the teacher's mean losses on the windows counted in `windows`, in nats.
         teacher_entropy: sum of the mean entropies on the windows counted in `windows`, in nats.
     """
@@ -141,10 +141,10 @@ class LabelStatistics:
         return self
 
     def to_json(self) -> dict[str, float | int | None]:
-        """Return the numbers, and means per position or window, as JSON values.
+        """Return numbers of tokens, positions and windows, and means of the other fields, as JSON.
 
-        Loss and entropy are means over the windows whose tokens all have the label. A mean over no
-        positions or windows is None.
+        Loss and entropy are means over the windows whose documents all have the label. A mean over
+        no positions or windows is None.
         """
 
         def mean(total: float, count: int) -> float | None:
@@ -173,7 +173,7 @@ def statistics_by_label(
     Args:
         windows: windows of a cache.
         documents: function that returns the label and the number of tokens of each document in a
-            window, given the index of the window.
+            window, given the index of the window in the corpus.
     """
     found: dict[str | None, LabelStatistics] = {}
     for window in windows:
@@ -207,7 +207,7 @@ def _whole_numbers(values: Tensor) -> Histogram:
 def _histogram(values: Tensor, edges: Sequence[float] | None) -> Histogram:
     """Return a histogram of values; the outer bins also count values beyond the edges.
 
-    If `edges` is None, bins of equal width are used, from the smallest to the largest value.
+    If `edges` is None, `_BINS` bins of equal width are used that cover all values.
     """
     if edges is None:
         low = float(values.min()) if len(values) else 0.0

@@ -3,7 +3,9 @@
 `verify` checks the guard's checksums, which cover all bytes, Parquet's page checksums, the CRC of
 each row, the decoding, the invariants of the targets (ascending ids below V, a target at every
 unmasked position, complete rounds, weights consistent with the sampler), the totals in the footers,
-the fingerprint of the text, the identity, and that no window is missing.
+the fingerprint of the text, the identity, and that no window is missing. With `sample`, the rows of
+some row groups are checked, and the totals and the fingerprint only in a shard whose rows were all
+decoded.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class ShardReport:
     Args:
         windows: range of windows in the name of the file.
         name: path of the file, relative to the cache.
-        checked: number of windows that were decoded.
+        checked: number of windows that were decoded and found sound.
         error: message of the first error; None if the shard is sound.
     """
 
@@ -158,7 +160,7 @@ def _verify_shard(
 
 
 def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextOf | None) -> None:
-    """Validate that a shard was built from a text of the cache, and from `text_of` if given."""
+    """Validate that a shard was built from a text of the cache, and from the text of `text_of`."""
     provenance = shard.description["provenance"]
     try:
         texts.require(windows, provenance)
@@ -197,7 +199,7 @@ _REBUILD = "run `sparselogits repair` on the cache, then build its windows again
 
 
 def _totals(record: WindowRecord) -> tuple[int, int, float, float, Window]:
-    """Return the numbers of entries and of positions with a target, loss, entropy and text."""
+    """Return a window's numbers of entries and of positions with a target, loss, entropy, text."""
     # the mask of a corrupted window marks the chosen tokens and is no part of the text
     mask = record.mask if record.inputs is None else None
     window = Window(record.window_index, record.tokens, record.document_starts, mask)
