@@ -1,12 +1,12 @@
 """Split a language model into trunk and head, and measure how it scales and caps its logits.
 
 Teacher and student both compute hidden states by the trunk and apply the head to a slice of
-positions at a time, so that logits of [batch, length, vocabulary] never exist. A masked language
-model transforms its hidden states before the head, in ways that differ by architecture, so its
-trunk is the whole model, run without the matrix product of the head. A scale or soft cap is
-measured: known float32 numbers replace the head's output, and the model's own code computes logits
-from them, so the check is equally strict for a bfloat16 model. A model that transforms its logits
-in another way is not split, and the caller uses its own forward pass.
+positions at a time, which avoids logits of [batch, length, vocabulary]. A masked language model
+transforms its hidden states before the head, in ways that differ by architecture, so its trunk is
+the whole model, run without the matrix product of the head. A scale or soft cap is measured: known
+float32 numbers replace the head's output, and the model's own code computes logits from them, so
+the check is equally strict for a bfloat16 model. A model that transforms its logits in another way
+is not split, and the caller uses its own forward pass.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
     """Record the last hidden states of a model's base at each forward pass in a `with` block.
 
     The base is the model without its head and, in a masked language model, without the transform
-    before the head. Each pass appends a differentiable tensor [B, L, D] to the yielded list.
+    before the head. Each pass appends a tensor [B, L, D], which is not detached, to the yielded
+    list.
 
     Raises:
         InvalidArgumentError: the model has no base from which the head is separate.
@@ -134,7 +135,10 @@ def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def masked_classes(config: Any) -> set[str]:
-    """Return the class names of transformers' masked language models, and the one in `auto_map`."""
+    """Return the class names of transformers' masked language models, and the one in `auto_map`.
+
+    Without a class in `auto_map`, the set contains an empty string, which is no class name.
+    """
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM", "")
     return set(_masked_classes_by_type().values()) | {str(remote).rpartition(".")[2]}
 
@@ -161,9 +165,9 @@ def _masked_classes_by_type() -> dict[str, str]:
 def names_masked_class(config: Any) -> bool:
     """Return whether a configuration describes a masked language model.
 
-    The configuration of an encoder (BERT, RoBERTa) may also name the base model or a class for
-    pretraining (BertForPreTraining), or no class. Such a configuration describes a masked language
-    model unless it names a causal class, or sets `is_decoder` or `is_encoder_decoder`.
+    The configuration of an encoder (BERT, RoBERTa) may also name another class (BertModel,
+    BertForPreTraining), or no class. Such a configuration describes a masked language model unless
+    it names a causal class, or sets `is_decoder` or `is_encoder_decoder`.
     """
     named = set(getattr(config, "architectures", None) or ())
     if not named.isdisjoint(masked_classes(config)):
@@ -211,8 +215,9 @@ def split(model: nn.Module) -> Parts | None:
 
     Returns:
         The parts; None if the head is not a plain linear layer (with LoRA, quantised or offloaded),
-        if the model transforms its logits by more than a scale and a soft cap (a masked model: at
-        all), or if head(trunk(x)) differs from the model's own logits.
+        if the model has no trunk apart from itself or cannot be run on `input_ids` alone, if it
+        transforms its logits by more than a scale and a soft cap (a masked model: at all), or if
+        head(trunk(x)) differs from the model's own logits by more than rounding.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear:
@@ -235,8 +240,9 @@ def _measure_scale_and_softcap(
     """Return scale and soft cap of a model's logits; None if these do not explain the logits.
 
     The head's output is replaced by a ramp from 2^-10 to 2^16 with both signs, spread over the
-    columns. The smallest numbers give the scale, the largest give the soft cap, and all of them
-    must equal the result of these two operations.
+    columns. The smallest numbers give the scale, the largest logit gives the soft cap, and all
+    logits must equal the result of these two operations up to rounding. The result is also None if
+    the weight is offloaded or the forward pass fails.
     """
     weight: Any = head.weight
     if weight.is_meta:
@@ -301,7 +307,10 @@ def probe_tokens(model: nn.Module, device: Any = "cpu") -> Tensor:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode within a `with` block, and restore its mode afterwards."""
+    """Set a model to eval mode within a `with` block, and restore its mode afterwards.
+
+    All submodules then have the mode that the model itself had.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -311,7 +320,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _logits_of(model: nn.Module, tokens: Tensor) -> Tensor | None:
-    """Return the logits [1, L, V] of a model's own forward pass; None if the pass fails."""
+    """Return the logits [1, L, V] of a model's own forward pass.
+
+    The result is None if the pass raises AttributeError, TypeError, ValueError or RuntimeError.
+    """
     try:
         with in_eval_mode(model):
             logits: Tensor = model(input_ids=tokens, use_cache=False).logits
@@ -324,7 +336,7 @@ def output_columns(model: nn.Module) -> int:
     """Return the number of columns V of a model's logits.
 
     V is the number of rows of the head, except where a model multiplies the output of its head by
-    the input embedding (DeBERTa).
+    the input embedding (DeBERTa). If the forward pass fails, the number of rows is returned.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     rows = int(head.weight.shape[0])
@@ -347,10 +359,10 @@ def text_config(config: Any) -> Any:
 
 @torch.no_grad()
 def _agree_with(model: nn.Module, parts: Parts) -> bool:
-    """Return whether head(trunk(x)) equals the model's own logits on a few tokens.
+    """Return whether head(trunk(x)) equals the model's own logits on a few tokens up to rounding.
 
-    The head's input must equal the trunk's output up to rounding, which detects a factor or a
-    normalisation between them.
+    The head's input must equal the trunk's output, too, which detects a factor or a normalisation
+    between them.
     """
     weight: Any = parts.head.weight
     tokens = probe_tokens(model, weight.device)

@@ -21,14 +21,14 @@ _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 class Held(Enum):
-    """State of a lock after an attempt to acquire it."""
+    """State of a `FileLock`."""
 
     ALONE = "alone"
     """This process holds an exclusive lock."""
     SHARED = "shared"
     """This process holds a shared lock, and other processes may hold it as well."""
     TAKEN = "taken"
-    """This process does not hold the lock: another one does, or `take` was not called."""
+    """This process does not hold the lock: another does, or it was not acquired or is released."""
     UNSUPPORTED = "unsupported"
     """The file system or platform does not support locks."""
 
@@ -37,7 +37,7 @@ class FileLock:
     """Advisory lock on a lock file; `lock_file` acquires one for a block.
 
     Args:
-        path: path of the lock file, which is created with its folder if it is missing.
+        path: path of the lock file, which `take` creates with its folder if it is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,8 +48,8 @@ class FileLock:
     def take(self, *, alone: bool, wait: bool) -> Held:
         """Acquire the lock, or convert it between exclusive and shared; return its new state.
 
-        The conversion from `ALONE` to `SHARED` is not atomic: another process may hold an exclusive
-        lock in between, so the caller must check the guarded files again.
+        A conversion is not atomic: another process may hold an exclusive lock in between, so the
+        caller must check the guarded files again. If the attempt fails, this process holds no lock.
 
         Args:
             alone: whether to acquire an exclusive lock instead of a shared one.
@@ -87,13 +87,13 @@ class FileLock:
             self.release()  # the last holder removed this file: lock the new one
 
     def remove(self) -> None:
-        """Remove the lock file if this process holds the lock; the lock is not released."""
+        """Try to remove the lock file if this process holds the lock; the lock is not released."""
         if self.held in (Held.ALONE, Held.SHARED):
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
     def release(self) -> None:
-        """Release the lock; without a lock this has no effect."""
+        """Release the lock, if it is held, and set the state to `TAKEN`."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -112,8 +112,8 @@ class FileLock:
 def lock_file(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[FileLock]:
     """Try to hold a lock during a block; at the end, remove the lock file if the lock is exclusive.
 
-    The block runs in any case; `held` of the yielded lock states whether the attempt succeeded. The
-    arguments and errors are those of `FileLock.take`.
+    The block also runs if another process holds the lock or locks are not supported; `held` of the
+    yielded lock states the result. The arguments and errors are those of `FileLock.take`.
     """
     lock = FileLock(path)
     try:

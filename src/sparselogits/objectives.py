@@ -1,9 +1,8 @@
 """Define the prediction task of a language model: next tokens (causal) or hidden tokens (masked).
 
-A causal model predicts the next token at each position. A masked model predicts, at each position,
-the token at that position, which is hidden in the model's input. Only this module shifts values
-between tokens and the positions that predict them: other code has values by token or by position,
-and converts them with `at_positions` and `at_tokens`.
+A causal model predicts the next token at each position. A masked model predicts, at chosen
+positions, the token at that position, which the model's input may hide. `at_positions` and
+`at_tokens` convert between values by token and values by the position that predicts a token.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ class Causal:
 
 @dataclass(frozen=True)
 class Masked:
-    """Prediction of chosen tokens, most of which the input of a window hides or replaces.
+    """Prediction of chosen tokens, which the input of a window may hide or replace.
 
     Args:
         mask_id: id of the mask token.

@@ -1,8 +1,8 @@
 """Validate that a model can run windows of a given length, before expensive work starts.
 
-A model with a table of position embeddings (GPT-2, OPT, GPT-J, MPT, ...) cannot run sequences that
-are longer than the table. A model with rotary embeddings can, but its predictions beyond the
-positions of its training are worse.
+A model with a table that has one row per position (GPT-2, OPT, GPT-J, ...) cannot run sequences
+that are longer than the table. A model that computes rotary embeddings for any position can, but
+its predictions beyond the positions of its training may be poor.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _rows_for_padding(model: nn.Module, rows: int) -> int:
 
 
 def _scaled_positions(config: object) -> int:
-    """Return the number of positions after rotary scaling; 0 without scaling."""
+    """Return the number of positions after rotary scaling; 0 if the configuration states none."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict):
         return 0

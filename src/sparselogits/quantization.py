@@ -1,10 +1,11 @@
-"""Quantise a student: fake quantisation during training, real quantisation when it is saved.
+"""Quantise a student: fake quantisation during training, real quantisation when it is loaded.
 
 Quantisation-aware training rounds weights (and activations, if the format quantises them) in the
 forward pass and passes gradients through the rounding. torchao implements both steps: `prepare` a
 model, train it, save it in full precision, and load it by `load_quantized`, which rounds the
-weights. The quantised model then computes the same logits as the fake-quantised one. The head is
-excluded, because most runtimes store it in full precision, and it may be tied to the embedding.
+weights. The quantised model then computes the logits of the fake-quantised one up to rounding. The
+head is excluded, because most runtimes store it in full precision, and it may be tied to the
+embedding.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 PyYAML's safe loader runs no code, but implements YAML 1.1: `1e-3` is a string, `no` is False,
 `1:30` is 90, a date is a date object, a key may be of any type and occur twice, and a few hundred
-bytes of anchors expand to gigabytes. This loader uses the scalars of YAML 1.2's core schema,
-requires unique string keys, rejects anchors, and limits the size of a file.
+bytes of anchors expand to gigabytes. This loader uses the scalars of YAML 1.2's core schema except
+octal and hexadecimal integers, which are strings; requires unique string keys; rejects anchors; and
+limits the size of a file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sparselogits.untrusted import printable, read_regular, shown
 LARGEST = 1 << 20
 """Maximum size of a file, in bytes."""
 DEEPEST = 32
-"""Maximum depth of nested mappings and lists."""
+"""Maximum depth of nested values; a scalar is one level, too."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,7 +77,7 @@ def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 
 def _integer(loader: _Loader, node: Any) -> int:
-    """Return an integer of at most 64 digits, because the conversion takes quadratic time."""
+    """Return an integer of at most 64 characters, because the conversion takes quadratic time."""
     text = loader.construct_scalar(node)
     if len(text) > 64:
         raise _error(f"{shown(text)} has {len(text)} digits; expected at most 64", node)

@@ -26,7 +26,7 @@ class LossParts(NamedTuple):
         kd: cross-entropy to the target, or for a dense loss the divergence; reduced like the loss,
             0-dimensional, detached.
         ce: cross-entropy to the label for any alpha; reduced like the loss, 0-dimensional,
-            detached. None without labels.
+            detached. None without labels, or if alpha is 0 and ce is not requested.
     """
 
     loss: Tensor
@@ -122,7 +122,8 @@ def prepare(
     """Validate and convert the tensors of a call; see `linear_sparse_cross_entropy`.
 
     Raises:
-        InvalidArgumentError: shapes or dtypes do not match, or labels are required and missing.
+        InvalidArgumentError: shapes or dtypes do not match, the weight is sharded, or labels are
+            required and missing.
         InvalidTargetsError: targets have a wrong shape or dtype.
     """
     criterion.require_labels(labels is not None)
@@ -169,7 +170,7 @@ def _needs(tensor: Tensor | None) -> bool:
 
 
 def _as_autocast_would(operands: Operands) -> Operands:
-    """Cast operands as autocast does for `F.linear`; logits are not cast."""
+    """Cast operands to the dtype of autocast if it is enabled; logits are not cast."""
     input, weight, bias = operands  # noqa: A001
     device = input.device.type
     if weight is None or not torch.is_autocast_enabled(device):
@@ -244,9 +245,8 @@ def _check_targets(
 class _Attach(torch.autograd.Function):
     """Autograd function that attaches computed gradients to a loss; backward scales them.
 
-    Except under `torch.compile`, backward scales in place, so that no second set of gradients is
-    allocated; in a second backward pass over the same graph, autograd then detects that the saved
-    tensors have changed and raises.
+    Except under `torch.compile`, backward scales in place to save memory; in a second backward pass
+    over the same graph, autograd then detects that the saved tensors have changed and raises.
     """
 
     @staticmethod

@@ -1,12 +1,12 @@
 """Compute a loss and its gradients one chunk of rows at a time.
 
 Each chunk takes the same three matrix products as autograd: logits = x W^T, then, with the gradient
-g written over the logits, dx = g W and dW += g^T x. docs/loss.md states the memory.
+g of the logits, dx = g W and dW += g^T x. docs/loss.md states the memory.
 
 For bfloat16 and float16, softmax, sums and losses are float32. On CUDA the products also return
-logits and weight gradients in float32. PyTorch has no such products on a CPU: logits and each
-chunk's contribution to the weight gradient are rounded to the input's dtype once, as in `F.linear`,
-and contributions are added in float32.
+logits, and weight gradients of several chunks, in float32. PyTorch has no such products on a CPU:
+logits and each chunk's contribution to the weight gradient are rounded to the input's dtype once,
+as in `F.linear`, and contributions are added in float32.
 
 No function here synchronises with the device. Chunk sizes do not depend on free memory, because a
 resumed run has bitwise equal results only if it adds in the same order.
@@ -42,6 +42,8 @@ class ChunkLosses(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return the sums of row_weight * kd and row_weight * ce over R rows, 0-dimensional.
 
+        The second sum is 0 if ce is not computed.
+
         Args:
             logits: raw logits [R, V] of these rows, in any floating-point dtype; overwritten.
             gradient: output [R, V], possibly `logits` itself, for the gradient of the sum of
@@ -69,7 +71,7 @@ def loss_and_gradients(
         row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 for rows excluded from the loss.
         losses_of: callable that computes the losses of a chunk.
         needs: gradients to compute.
-        chunk_rows: number of rows per chunk; None for `default_chunk_rows`.
+        chunk_rows: largest number of rows per chunk; None for `default_chunk_rows`.
     """
     device = operands.input.device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -153,9 +155,9 @@ def _of_logits(
 def sparse_parts(call: Call, *, with_ce: bool) -> LossParts:
     """Compute the loss of sparse targets with the implementation "chunked" or "triton".
 
-    Under `torch.compile` the computation is one opaque operator, so memory and the order of
-    additions are the same as in eager mode, and the graph does not depend on the number of chunks.
-    With `with_ce`, ce is computed even if alpha is 0.
+    Under `torch.compile` sums and gradients are computed by one opaque operator, so the order of
+    additions is the same as in eager mode, and the graph does not depend on the number of chunks.
+    Given labels, `with_ce` computes ce even if alpha is 0.
     """
     criterion, operands = call.criterion, call.operands
     with_ce = call.label is not None and (with_ce or criterion.alpha > 0)
@@ -249,13 +251,13 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the number of rows per chunk for `rows` rows in total.
+    """Return the largest number of rows per chunk for `rows` rows in total.
 
     On an accelerator, a chunk of float32 logits takes 1/64 of the device's memory, from 64 MiB to
     1 GiB, which is enough for products at full speed. On a CPU a chunk takes 64 MiB, but at most
     half of the rows, because the page faults of a new buffer are amortised only over several
-    chunks, and at least 256 rows (512 in low precision), because each chunk repacks the weight for
-    its products and adds to the weight's gradient.
+    chunks. The result is at least 256 rows (512 in low precision) on a CPU, because each chunk
+    repacks the weight for its products and adds to the weight's gradient.
     """
     if device.type == "cpu":
         least = 512 if dtype in _LOW_PRECISION else 256

@@ -41,8 +41,9 @@ class Criterion:
             not excluded; the loss is 0 if all rows are excluded. "sum" does not divide.
         impl: "chunked" (any device), "triton" (CUDA), "reference" (plain autograd over whole
             logits) or "auto", which selects "chunked".
-        chunk_rows: number of rows whose logits exist at the same time. None to derive the number
-            from the shapes, the dtype and an accelerator's total memory.
+        chunk_rows: largest number of rows whose logits exist at the same time; no effect with
+            "reference". None to derive the number from the shapes, the dtype and an accelerator's
+            total memory.
 
     Raises:
         InvalidArgumentError: a number is out of range, or a name is unknown.
@@ -132,8 +133,8 @@ PLAIN = Criterion()
 def require_rule_for(rule: MissingMass, *, unbiased: bool) -> None:
     """Validate that a missing-mass rule is applicable to the targets.
 
-    The mass of unbiased targets differs from one only by sampling noise, and every rule except
-    "drop" would convert that noise to a bias.
+    The mass of unbiased targets can differ from one by sampling noise, which the rules except
+    "drop" would convert to a bias.
 
     Args:
         rule: option `missing_mass` of the loss.

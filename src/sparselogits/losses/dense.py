@@ -162,6 +162,7 @@ def linear_dense_kd(
         teacher: hidden states of the teacher for the same N rows, and its head.
         divergence: a `Divergence`, or a key of `DIVERGENCES`.
         beta: share of the teacher's distribution in the mixture of "jensen_shannon"; None for 1/2.
+            No effect with another name or a `Divergence`.
         criterion: options of the loss. Scale and softcap are those of the student; the temperature
             divides the logits of both models in the KD part. `missing_mass` must be "drop", and
             `impl` "auto" or "chunked".
@@ -171,8 +172,10 @@ def linear_dense_kd(
         float64 input).
 
     Raises:
-        InvalidArgumentError: an option is invalid, or the teacher has another number of rows than
-            the student or a larger vocabulary.
+        InvalidArgumentError: an option is invalid, labels are required and missing, the student's
+            shapes or dtypes do not match, or the teacher has another number of rows than the
+            student or a larger vocabulary.
+        TypeError: an option is not a field of `Criterion`.
 
     Examples:
         >>> import torch

@@ -1,7 +1,7 @@
 """Define the sparse loss as functions and as a module.
 
-`linear_sparse_cross_entropy` takes the input and weight of the head, so that logits exist for only
-one chunk of rows at a time; `sparse_cross_entropy` takes logits. Both resemble
+`linear_sparse_cross_entropy` takes the input and weight of the head, so that by default logits
+exist for only one chunk of rows at a time; `sparse_cross_entropy` takes logits. Both resemble
 `linear_cross_entropy` and `cross_entropy` of `torch.nn.functional`. The teacher's targets are
 sparse, so none of their tensors has a vocabulary dimension.
 """
@@ -58,7 +58,7 @@ def linear_sparse_cross_entropy(
     """Compute cross-entropy of `softmax(input @ linear_weight.T)` to sparse targets and to labels.
 
     Let z be the logits after scale and softcap (`Criterion`), t the target after the missing-mass
-    rule, and y and w the label and weight of a row. Then
+    rule, and y and w the label and weight of a row. Then, with reduction "mean",
 
         kd = -sum_i t_i log softmax(z / temperature)_i        ce = -log softmax(z)_y
         loss = sum_rows w ((1 - alpha) kd + alpha ce) / sum_rows w
@@ -67,10 +67,10 @@ def linear_sparse_cross_entropy(
     of its gradient is the gradient of full distillation (docs/theory.md, section 2).
 
     Only `input`, `linear_weight` and `linear_bias` receive gradients. "chunked" and "triton"
-    compute them in the forward pass, so logits exist for only one chunk of rows at a time, and a
-    second backward pass raises an error. The values of ids and labels are not validated, because
-    that would synchronise with the device: an id out of range causes an indexing error on the
-    device, and with "triton" undefined behaviour.
+    compute them in the forward pass, so logits exist for only one chunk of rows at a time, and in
+    eager mode a second backward pass raises an error. The values of ids and labels are not
+    validated, because that would synchronise with the device: an id out of range causes an indexing
+    error on the device, and with "triton" undefined behaviour.
 
     Args:
         input: hidden states [..., D] before the head, in any floating-point dtype.
@@ -79,7 +79,7 @@ def linear_sparse_cross_entropy(
             ids. K may be 0.
         target_weights: float [..., K], usually float32, with any sum; 0 for padding.
         labels: int64 [...], label of each row. Rows labelled `ignore_index` are excluded from the
-            loss, including its KD part. None for no labels; no row is then excluded.
+            loss, including its KD part. None for no labels.
         linear_bias: bias [V] in the dtype of `input`; None for no bias.
         position_weights: float [...], weight of each row; None for ones.
         criterion: options of the loss.
@@ -90,9 +90,10 @@ def linear_sparse_cross_entropy(
         The loss, 0-dimensional, in float32 (float64 for float64 input); or `LossParts`.
 
     Raises:
-        InvalidArgumentError: an option is out of range or contradicts another, or shapes or dtypes
-            do not match.
+        InvalidArgumentError: an option is invalid, labels are required and missing, shapes or
+            dtypes do not match, or `impl` is "triton" and the input float64.
         InvalidTargetsError: targets have a wrong shape or dtype.
+        MissingDependencyError: `impl` is "triton" and Triton is not installed.
         TypeError: an option is not a field of `Criterion`.
 
     Examples:
@@ -153,8 +154,9 @@ def sparse_cross_entropy(
 ) -> Tensor | LossParts:
     """Compute the loss of `linear_sparse_cross_entropy` from logits.
 
-    One tensor of the size of the logits is allocated for their gradient. Arguments, results and
-    errors that are not listed are those of that function.
+    With "chunked" and "triton", the forward pass allocates one tensor of the size of the logits,
+    for their gradient. Arguments, results and errors that are not listed are those of that
+    function.
 
     Args:
         logits: [..., V], in any floating-point dtype. If the model has already applied its scale
@@ -231,7 +233,7 @@ class SparseKDLoss(nn.Module):
 def loss_parts(call: Call, *, with_ce: bool = True) -> LossParts:
     """Compute the loss with the implementation that the criterion selects.
 
-    With `with_ce`, ce is computed even if alpha is 0.
+    Given labels, `with_ce` computes ce even if alpha is 0.
     """
     if call.criterion.impl == "reference":
         return reference_parts(call)

@@ -1,8 +1,9 @@
 """Compute the loss with the head or the sequence divided among ranks.
 
 Vocabulary-parallel (for tensor-parallel trainers): each rank has a slice of the head, of any width,
-and the same rows. A chunk costs three to seven all-reduces of a few numbers per row. The input's
-gradient costs one all-reduce of [N, D] at the end, as in any column-parallel layer.
+and the same rows. A chunk costs three to seven all-reduces of one number per row, or, in the first
+of them, one number per stored entry. The input's gradient costs one all-reduce of [N, D] at the
+end, as in any column-parallel layer.
 
 Sequence-parallel and context-parallel: each rank has some of the positions and the whole head. Only
 the sum of row weights and the values of the loss are reduced over ranks. Rows are independent, so
@@ -118,7 +119,8 @@ def vocabulary_parallel_sparse_cross_entropy(
         The loss and its parts, the same on every rank.
 
     Raises:
-        InvalidArgumentError: the slice is empty or outside the vocabulary.
+        InvalidArgumentError: the slice is empty or outside the vocabulary, or `impl` is
+            neither "auto" nor "chunked".
     """
     criterion = criterion.updated(options)
     criterion.require_chunked("vocabulary_parallel_sparse_cross_entropy")

@@ -1,8 +1,8 @@
 """Compute the loss of a block of rows, and replace the logits by their gradient.
 
-The computation takes four passes over the rows (maximum, softmax in place, maximum, scaling) and
-sparse corrections at the stored ids. The second maximum is the largest probability; its negative
-logarithm is the logsumexp relative to the largest logit.
+With the default options, the computation takes four passes over the rows (maximum, softmax in
+place, maximum, scaling) and sparse corrections at the stored ids. The second maximum is the largest
+probability; its negative logarithm is the logsumexp relative to the largest logit.
 
 Let u be the logits after scale, softcap and temperature, s = softmax(u), t the target with total
 mass M_t, `spread` the smoothing mass added to every id, m the target's mass on the ghost class, and
@@ -111,7 +111,7 @@ def row_losses_(
     with_grad: bool,
     vocabulary: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the unweighted losses kd and ce of R rows; replace logits by the gradient.
+    """Return the unweighted losses kd and ce of R rows; replace logits by the gradient on request.
 
     Args:
         logits: raw logits [R, V], in the dtype of the targets' weights; overwritten with

@@ -4,10 +4,9 @@ Let t be the stored weights of a position, m = max(0, 1 - sum t) the missing mas
 section 3), and V the student's vocabulary size. The rules give these targets:
 
     drop           t, unchanged
-    renormalise    t / sum t
+    renormalise    t / sum t; 0 if the sum is 0
     smooth         t_j + m / V on every id j
-    ghost          t, and mass m on one more class, the union of all other ids; with M the student's
-                   mass on them, the gradient is s - t on stored ids and s (1 - m / M) on the others
+    ghost          t, and mass m on one more class, the union of all other ids
     ground_truth   t, and mass m on the label
 """
 

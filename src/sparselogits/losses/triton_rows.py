@@ -2,8 +2,8 @@
 
 One program computes one row: the program reads the logits of the stored ids, passes over the row
 once for maximum and sums (online softmax) and once more to write the gradient, and writes the
-entries at the stored ids last, with sparse corrections from registers. Results are bitwise
-reproducible, because the kernel uses no atomics and rounds each entry once.
+entries at the stored ids last, with sparse corrections. Results are bitwise reproducible on one
+device, because the kernel uses no atomics.
 
 The kernel computes in float32; for float64 use the implementation "chunked". On a CPU the kernel
 runs, slowly, in Triton's interpreter (TRITON_INTERPRET=1).
@@ -148,8 +148,8 @@ def row_loss_kernel(
 ):
     """Compute the losses of one row, and write its gradient over its logits or to a buffer.
 
-    Names are those of `rows.py`. Names that end in 1 belong to the label's softmax at temperature 1
-    if the target's softmax has another temperature.
+    Most names are those of `rows.py`. Names that end in 1 belong to the label's softmax at
+    temperature 1 if the target's softmax has another temperature.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride

@@ -47,7 +47,8 @@ class NamedSignal:
         fingerprint: hash of the student's weights; None if the weights have not been read yet.
 
     Raises:
-        InvalidArgumentError: `signal` is neither "distance" nor "variance".
+        InvalidArgumentError: `signal` is neither "distance" nor "variance", or `student` is no
+            string.
     """
 
     student: str | None = parameter(
@@ -76,8 +77,8 @@ class Adaptive(Sampler):
             positions have from 1 to 8 * nominal_rounds rounds.
         reference: signal at which nominal_rounds rounds are drawn; None for the mean signal on
             pilot windows, which is computed when a cache is created.
-        position_power: the number of rounds is proportional to the signal to this power; with 0
-            all positions have the same number.
+        position_power: exponent of the signal; the number of rounds before rounding and limits is
+            proportional to the signal to this power. With 0 all positions have the same number.
         token_power: exponent of norm_i in the proposal (see the module's docstring); with 0 the
             proposal is the teacher's distribution.
 
@@ -167,7 +168,7 @@ class Adaptive(Sampler):
         return replace(self, signal=student.at(tokens, positions)) if student.needs_states else self
 
     def signals(self, logits: Tensor) -> Tensor:
-        """Return the signal at the positions passed to `at`, float64 [P]."""
+        """Return the signal, float64 [P], given teacher logits at the positions passed to `at`."""
         return self._student().strength(logits)
 
     def left_open(self, budget: float | None) -> tuple[str, ...]:

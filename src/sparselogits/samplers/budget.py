@@ -6,7 +6,7 @@ rounds with probability 1 - (1 - q)^N. Both probabilities depend on q alone, so 
 log q over the pilot tokens suffices for every N. For other samplers, the number of entries is
 measured by drawing.
 
-Cost: one float64 pass over the logits of about a thousand pilot positions.
+Cost with a formula: one float64 pass over the logits of the pilot positions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PilotSlice:
 
 
 class Pilot:
-    """Pilot windows, spread over the corpus; their logits are computed when they are first needed.
+    """Pilot windows, spread over the corpus; their logits are computed when they are needed.
 
     Args:
         windows: one function per window, which returns the slices of that window.
@@ -119,17 +119,17 @@ class Pilot:
 
 
 def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float) -> Sampler:
-    """Return a sampler whose mean entries per position are as close as possible to a budget.
+    """Return a sampler whose mean entries per position are close to a budget.
 
     Args:
-        sampler: a sampler; only the fields in `sampler.left_open(budget)` are replaced, for example
-            `rounds`.
+        sampler: a sampler, whose fields in `sampler.left_open(budget)`, for example `rounds`, are
+            replaced in the result.
         logits_slices: logits of pilot positions spread over the corpus, float [P, V] each.
         budget: mean entries per position, at least 1.
 
     Raises:
-        InvalidArgumentError: the budget is below 1 or cannot be met, there are no pilot positions,
-            or the sampler has no budget parameter.
+        InvalidArgumentError: the budget is below 1 or cannot be met, or the sampler has no budget
+            parameter.
 
     Examples:
         >>> import torch
@@ -142,7 +142,10 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
 
 
 def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
-    """Return the size (see `Sampler.of_size`) whose mean entries are closest to a budget."""
+    """Return the size (see `Sampler.of_size`) whose mean entries are closest to a budget.
+
+    Raises InvalidArgumentError if the budget is below 1 or no size has as many entries.
+    """
 
     @cache  # without a formula, each evaluation is a draw
     def entries(size: int) -> float:

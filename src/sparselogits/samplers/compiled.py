@@ -1,16 +1,16 @@
-"""Sum blocks of weights with a function in C or Triton that is compiled when it is first needed.
+"""Sum blocks of weights with a function in C or Triton that is compiled at run time.
 
 `block_sums.c` replaces PyTorch's operations in `distribution.sum_by_block` by one pass over each
 row. The system's C compiler (environment variable CC, `cc` by default) compiles the source to a
 temporary folder, which takes about half a second per process. The function is used only if its
-results for test logits are bitwise equal to those of PyTorch with one thread, so a cache has the
-same bytes with and without a compiler. With three or more threads, torch.exp2 may differ in the
-last bit of weights where a thread's share ends inside a vector; the C function never does.
-`CC=false` disables compilation.
+results for test logits are bitwise equal to those of PyTorch with one thread, so that a cache has
+the same bytes with and without a compiler. There is one exception: with three or more threads,
+torch.exp2 may differ in the last bit of weights where a thread's share ends inside a vector; the C
+function does not depend on the number of threads. `CC=false` disables compilation.
 
 On CUDA the function is the Triton kernel of triton_sums.py, which is used from the first logits on,
-because the results may differ from PyTorch's in low-order bits. Each device is checked once per
-process.
+because the results may differ from PyTorch's in low-order bits. Each device and dtype is checked
+once per process.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def fastest_for(logits: Tensor) -> Library | Kernel | None:
 
 @cache
 def kernel_on(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """Return the Triton kernel for a device; None, with a warning, if it fails or is inaccurate.
+    """Return the Triton kernel for logits of a dtype on a device; None if it cannot be used.
 
-    The result is None without a warning if Triton is not installed.
+    A warning is issued if the kernel fails or is inaccurate, but not if Triton is not installed.
     """
     try:
         from sparselogits.samplers import triton_sums
@@ -188,7 +188,7 @@ def _compile(instructions: list[str]) -> Library:
 
 
 def _is_exact(found: Library) -> bool:
-    """Return whether the library's results equal those of PyTorch with one thread bitwise."""
+    """Return whether the results for test logits equal those of PyTorch with one thread bitwise."""
     from sparselogits.samplers.distribution import sum_by_block
 
     generator = torch.Generator().manual_seed(0)

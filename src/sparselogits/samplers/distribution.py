@@ -4,12 +4,13 @@ A proposal is q_i proportional to w_i = 2 ** (e * z_i / ln 2 - shift). The vocab
 into blocks of 64 ids. `Blocks.of` sums the weights of each block in float32 (powers of two, because
 `torch.exp2` takes a third of the time of `torch.exp` on a CPU), and again in float64 where an
 accuracy of 1e-9 requires it. `Blocks.tokens_at` searches the running block sums, which are integers
-so that every device and batch size gives the same result, and computes float64 weights only for the
+so that they do not depend on the order of additions, and computes float64 weights only for the
 blocks that it finds. docs/theory.md states the accuracy; benchmarks/sampling.py measures the time.
 The first step has faster forms in C and, for CUDA, in Triton (compiled.py).
 
-Memory beyond the logits on a CPU: 2 MiB of float32 weights, and 24 bytes per block at each of 64
-positions. A vocabulary whose size is not a multiple of 64 is padded, 64 positions at a time.
+Memory beyond the logits on a CPU: about 2 MiB of float32 weights (4 MiB with moments), and about 24
+bytes per block at each of 64 positions. A vocabulary whose size is not a multiple of 64 is padded,
+64 positions at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ POSITIONS_AT_ONCE = 64
 """Number of positions whose block sums are in memory together on a CPU."""
 
 LARGEST_LOGIT = 2.0**24
-"""Largest valid magnitude of a row's largest logit; float32 cannot represent larger shifts."""
+"""Largest valid magnitude of a row's largest logit; float32 rounds larger shifts too coarsely."""
 
 _TINY = torch.finfo(torch.float64).tiny
 LOG2_E = 1 / math.log(2)
@@ -91,7 +92,8 @@ class Blocks:
             with_moment: whether to compute `moment`; requires an exponent other than 0.
 
         Raises:
-            InvalidLogitsError: the largest logit of a row is NaN or beyond `LARGEST_LOGIT`.
+            InvalidLogitsError: a row contains NaN, or the magnitude of its largest logit exceeds
+                `LARGEST_LOGIT`.
         """
         whole = _whole_blocks(logits.detach())
         fast = compiled.fastest_for(whole) if exponent != 0 else None
@@ -131,8 +133,9 @@ class Blocks:
     def largest(self, most: int) -> tuple[Tensor, Tensor]:
         """Return the `most` largest logits of each row in descending order, and their ids.
 
-        Only the `most` blocks with the largest maxima are searched, which takes a quarter of the
-        time of `torch.topk` over the vocabulary. Ids with a logit of -inf may be padding.
+        There are fewer if the row has fewer. Only the `most` blocks with the largest maxima are
+        searched, which is faster than `torch.topk` over the vocabulary. Ids with a logit of -inf
+        may be padding.
         """
         by_block = self.logits.view(*self.sums.shape, BLOCK)
         chosen = by_block.amax(-1).topk(min(most, by_block.shape[1])).indices
@@ -183,9 +186,10 @@ class Blocks:
 
 
 def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Count the distinct tokens of each row.
+    """Count how often each token occurs in each row.
 
-    Returns the ids of all rows, int64 [E], their counts, int32 [E], and row offsets, int64 [R + 1].
+    Returns the distinct ids of each row, int64 [E], their counts, int32 [E], and row offsets, int64
+    [R + 1].
 
     Args:
         tokens: int64 [R, N], ascending in each row.
@@ -255,8 +259,9 @@ def sum_by_block(
 ) -> tuple[Tensor, Blocks]:
     """Sum the proposals of contiguous logits by block; return the largest logits and the sums.
 
-    The results of the compiled library, and of PyTorch if `library` is None, are bitwise equal.
-    The results of the kernel for CUDA differ by rounding; see triton_sums.py.
+    The results of the compiled library, and of PyTorch if `library` is None, are bitwise equal with
+    the exception that compiled.py describes. The results of the kernel for CUDA differ by rounding;
+    see triton_sums.py.
     """
     if isinstance(library, compiled.Library):
         slope, factors = exponent * LOG2_E, _factors(exponent)

@@ -91,7 +91,7 @@ class TopP(_Head):
     title = "Top-P"
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Select tokens until their mass reaches p; see `Sampler.draw`."""
+        """Select up to `max_entries` tokens, until their mass reaches p; see `Sampler.draw`."""
         return _select(logits, first_position, self.max_entries, until=self.p)
 
 

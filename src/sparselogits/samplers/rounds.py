@@ -1,4 +1,4 @@
-"""Draw N sampling rounds of equal weight: systematically, independently, or uniformly over ids.
+"""Draw N sampling rounds per position: systematically, independently, or uniformly over ids.
 
 The weight of token i is (count_i / N) * p_i / q_i, with q the proposal from which rounds are drawn.
 These weights are unbiased for every proposal that is positive wherever p is.
@@ -6,7 +6,7 @@ These weights are unbiased for every proposal that is positive wherever p is.
 `Systematic` draws all rounds with one uniform u: with C the cumulative proposal in token-id order,
 count_i = floor(N C_i + u) - floor(N C_{i-1} + u). So a count differs from N q_i by less than one.
 Independent rounds (`Multinomial`) are the published form of random-sampling knowledge distillation
-(arXiv 2503.16870, section 3). A proposal exponent other than 1 doubles the cost, because the
+(arXiv 2503.16870, section 3). A proposal exponent other than 1 about doubles the cost, because the
 weights then require the normaliser of the teacher's distribution, too.
 """
 

@@ -182,8 +182,8 @@ def require_declared(value: Any) -> None:
 class Sampler(ABC):
     """Base class of samplers, which are deterministic functions of logits and uniforms.
 
-    A subclass is a frozen dataclass whose fields are declared with `parameter`; its constructor
-    validates them. docs/extending.md has an example.
+    A subclass is a frozen dataclass whose constructor validates the fields that are declared with
+    `parameter`. docs/extending.md has an example.
 
     Attributes:
         name: name of the sampler in options, recipes and cache identities.
@@ -251,7 +251,7 @@ class Sampler(ABC):
 
         Raises:
             InvalidLogitsError: the largest logit of a position is NaN, or beyond 2**24 in
-                magnitude; or a shape or uniform is invalid.
+                magnitude; or a shape, the dtype of the logits or a uniform is invalid.
         """
         from sparselogits.samplers.distribution import position_slices
         from sparselogits.targets import SparseTargets
@@ -266,7 +266,7 @@ class Sampler(ABC):
 
     @property
     def rounds(self) -> int | None:
-        """Number of rounds per position; None if the sampler draws no rounds of equal weight."""
+        """Number of rounds per position; None if no counts of rounds are stored."""
         return self.stores.rounds
 
     @property
@@ -282,8 +282,8 @@ class Sampler(ABC):
             positions: positions whose logits will be passed: a slice, or int64 indices.
 
         Returns:
-            The sampler itself; a sampler that depends on a student returns a copy with the
-            student's states at these positions.
+            The sampler itself; a sampler that needs the hidden states of a student returns a copy
+            with the states at these positions.
         """
         return self
 

@@ -354,7 +354,10 @@ def _model_metrics(
 
 
 def _largest(rows: list[Shown], label: int) -> tuple[Shown, ...]:
-    """Return the label, and the `LARGEST` ids by the teacher's probability or the cached weight."""
+    """Return the first `LARGEST` rows and the label's row, in descending order of probability.
+
+    The probability is the teacher's, or the cached weight where that of the teacher is unknown.
+    """
 
     def rank(row: Shown) -> tuple[float, float, int]:
         first = row.teacher if row.teacher is not None else row.weight or 0.0
@@ -421,7 +424,7 @@ def _position(position: Position) -> dict[str, Any]:
 
 
 def _short(value: float | None) -> float | None:
-    """Round to five significant digits; return None for a value that is not finite."""
+    """Round to five significant digits; return None for None and for a value that is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")

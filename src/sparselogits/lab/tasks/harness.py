@@ -1,6 +1,6 @@
 """Call lm-eval, and suppress its progress bars, its output, and its log lines below errors.
 
-The module is imported only when tasks are run, because importing lm-eval takes a second.
+The module is imported only when tasks are checked or run, because importing lm-eval takes a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sparselogits.lab.tasks.running import TaskProgress, TaskScore
 from sparselogits.language_model import in_eval_mode
 
 _BATCH_LOGITS = 1 << 25
-"""Largest number of float32 logits per batch, which take 128 MiB."""
+"""Number of float32 logits for which the batch size is chosen; these logits take 128 MiB."""
 _MOST_SEQUENCES = 32
 """Largest number of sequences per batch."""
 
@@ -45,7 +45,7 @@ def score(
     prefix: int | None,
     progress: TaskProgress | None,
 ) -> list[TaskScore]:
-    """Score a model on tasks; arguments and result are those of `run_tasks`."""
+    """Score a model on tasks; see `run_tasks`, whose `prefix_token_id` is `prefix` here."""
     with _quiet() as with_stderr, _restored_randomness(), _no_environment_report():
 
         def report(done: int, total: int) -> None:
@@ -84,14 +84,17 @@ def score(
 
 
 def fetch(name: str) -> None:
-    """Download the data for an lm-eval task; do nothing for a local task."""
+    """Load an lm-eval task, which downloads missing data; do nothing for a local task."""
     if name not in LOCAL_TASKS:
         with _quiet(), _restored_randomness():
             _load(name, None)
 
 
 class _Student(HFLM):  # type: ignore[misc]
-    """Model in memory with the interface of lm-eval; progress is reported after each batch."""
+    """Model in memory with the interface of lm-eval.
+
+    Progress is reported after each batch of log-likelihoods, but not while text is generated.
+    """
 
     total, done = 0, 0
     report: Callable[[int, int], None]
@@ -164,7 +167,11 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
 
 
 def _batch_size(model: nn.Module) -> int:
-    """Return the number of sequences per batch whose logits fit in `_BATCH_LOGITS`."""
+    """Return the number of sequences per batch, from 1 to `_MOST_SEQUENCES`.
+
+    The number is `_BATCH_LOGITS` divided by the number of logits of a sequence of 256 tokens, or of
+    the model's longest sequence if that is shorter.
+    """
     config: Any = model.config
     length = int(getattr(config, "max_position_embeddings", None) or 2048)
     rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -190,7 +197,7 @@ def _quiet() -> Iterator[Any]:
 
 @contextmanager
 def _restored_randomness() -> Iterator[None]:
-    """Restore all random states after a `with` block, because lm-eval seeds the generators."""
+    """Restore the random states of Python, NumPy and torch, which lm-eval seeds, after a block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

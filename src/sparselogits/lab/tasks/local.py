@@ -1,4 +1,4 @@
-"""Write the data of local tasks as FOLDER/NAME.jsonl; equal text and seeds give equal bytes."""
+"""Write the data of local tasks to FOLDER/NAME.jsonl, and read these files for lm-eval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparselogits.lab.tasks.texts import continuations, last_words, passages
 LOCAL_TASKS = ("continuation", "last_word", "agreement")
 """Names of the tasks that need no download."""
 LIMIT = 200
-"""Default number of items per task."""
+"""Default of the largest number of items per task."""
 
 
 def write_tasks(
@@ -30,7 +30,7 @@ def write_tasks(
     count: int = LIMIT,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Write the data of local tasks.
+    """Write the data of local tasks; equal text, counts and seeds give equal bytes.
 
     Args:
         folder: folder in which `NAME.jsonl` is written for each task.
@@ -38,15 +38,17 @@ def write_tasks(
         corpus: corpus with the held-out windows from which `continuation` and `last_word` are made;
             not needed for `agreement`.
         tokenizer: transformers tokenizer that the corpus was packed with.
-        count: number of items per task; fewer if the held-out text has fewer passages.
+        count: number of items of `agreement`, and largest number of items of the other tasks, which
+            have fewer if the held-out text has fewer suitable passages.
         seed: random seed.
 
     Returns:
         SHA-256 of each file as hexadecimal text, by the task's name.
 
     Raises:
-        TaskError: If a name is unknown, a task lacks corpus or tokenizer, the text is too short, or
-            `count` is out of range.
+        TaskError: If a name is unknown, a task lacks corpus or tokenizer, the corpus has too little
+            suitable held-out text, or `count` is out of range for `agreement`.
+        StorageError: If a file cannot be written.
     """
     found = {}
     for name in names:
@@ -67,7 +69,10 @@ def read_rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
         file: name of the file in the folder.
 
     Returns:
-        A `datasets.Dataset` of the rows, by the name of its split.
+        A `datasets.Dataset` of the rows, by the name of the split, "test".
+
+    Raises:
+        TaskError: If the file does not exist.
     """
     from datasets import Dataset
 

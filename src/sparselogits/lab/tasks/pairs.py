@@ -1,8 +1,8 @@
 """Generate English minimal pairs by a small grammar, as BLiMP does (Warstadt et al. 2020).
 
 The two sentences of a pair differ in one word, which makes one of them ungrammatical. Singular and
-plural occur equally often in each phenomenon, so a model that always prefers one form of a word
-does not exceed chance.
+plural alternate in each phenomenon, so a model that always prefers one form of a word is right in
+about half of the pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sparselogits.errors import TaskError
 
 MOST = 3000
-"""Largest number of pairs, for which every phenomenon has enough distinct ones."""
+"""Largest number of pairs; each phenomenon has more than a third as many distinct pairs."""
 
 _Words = tuple[tuple[str, str], ...]
 """Pairs of the singular and the plural form of a word."""

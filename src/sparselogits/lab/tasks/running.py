@@ -16,7 +16,8 @@ from sparselogits.errors import InvalidArgumentError, MissingDependencyError
 from sparselogits.lab.tasks.local import LIMIT
 
 TaskProgress = Callable[[int, int, str], None]
-"""Function called with the number of sequences scored, the total number, and the task names."""
+"""Function called with the number of sequences scored, the total number as far as it is known, and
+the task names in one string."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,16 @@ class TaskScore:
     """Score of a model in one metric of a task.
 
     Args:
-        task: name of the task.
-        metric: lm-eval's name of the metric (acc, acc_norm, perplexity, ...).
+        task: name of the task or group.
+        metric: lm-eval's name of the metric (acc, acc_norm, perplexity, ...), followed by a comma
+            and the name of the answer filter if there is one.
         value: value over all samples.
         stderr: standard error over the samples: standard deviation / sqrt(n) for a mean, by the
-            delta method for a perplexity; None for other metrics, or for a single sample.
+            delta method for a perplexity; None for other metrics, or for fewer than two values.
         samples: number of samples.
         values: value per sample, in the task's order: 0 or 1 for an accuracy, the log-likelihood of
-            the word in nats for a perplexity; empty if samples have no single number.
+            the answer in nats for a perplexity; empty for a group, or if samples have no single
+            number.
     """
 
     task: str
@@ -48,7 +51,7 @@ class TaskScore:
 
     @classmethod
     def of(cls, task: str, metric: str, value: float, values: Sequence[float], n: int) -> TaskScore:
-        """Create a score, and compute the standard error from the values of its n samples."""
+        """Create a score of n samples, and compute the standard error from the values if given."""
         spread = None
         if len(values) > 1:
             mean = statistics.fmean(values)
@@ -61,7 +64,7 @@ class TaskScore:
 
 
 def is_perplexity(metric: str) -> bool:
-    """Return whether a metric's value is exp(-mean of the samples) instead of the mean."""
+    """Return whether a metric is lm-eval's perplexity, which is exp(-mean of the values)."""
     return metric.split(",")[0] == "perplexity"
 
 
@@ -75,11 +78,11 @@ def require_lm_eval() -> None:
 
 
 def check_task(name: str) -> None:
-    """Check that a task exists, and download its data if it is a task of lm-eval.
+    """Check that a task exists, and download its missing data if it is a task of lm-eval.
 
     Raises:
         MissingDependencyError: If lm-eval is not installed.
-        TaskError: If the task is unknown, or its data cannot be downloaded.
+        TaskError: If the task is unknown or cannot be loaded.
     """
     require_lm_eval()
     from sparselogits.lab.tasks.harness import fetch
@@ -100,27 +103,28 @@ def run_tasks(
     """Score a model on zero-shot tasks.
 
     Local tasks need no network. The data of lm-eval's tasks are downloaded from the Hugging Face
-    Hub; code in a dataset is not run. The states of random generators are restored afterwards.
+    Hub; code in a dataset is not run. The random states of Python, NumPy and torch are restored
+    afterwards.
 
     Args:
         model: transformers causal language model, set to eval mode during the call.
         tokenizer: transformers tokenizer of the model; a copy is used.
-        tasks: names of local tasks (`LOCAL_TASKS`), or of tasks and groups of lm-eval. A group is
-            scored per task, and as a whole if lm-eval defines a score of the group.
+        tasks: names of local tasks (`LOCAL_TASKS`), or of tasks, groups and tags of lm-eval. A
+            group is scored per task, and as a whole if lm-eval defines a score of the group.
         limit: largest number of samples per task, counted from the first; None for all.
         data: folder that `write_tasks` filled; needed for local tasks.
         prefix_token_id: token that is placed before a text without context, such as the document
             separator of the training text; None for the tokenizer's bos or eos.
-        progress: function that is called after every batch.
+        progress: function that is called after each batch of log-likelihoods.
 
     Returns:
-        One score per task and metric, in the order of the tasks.
+        One score per task, metric and answer filter.
 
     Raises:
         MissingDependencyError: If lm-eval is not installed.
         TaskError: If a task is unknown or fails, or its data are missing.
         InvalidArgumentError: If there are no tasks, a name is repeated, the limit is less than 1,
-            or the tokenizer has more ids than the model.
+            or the tokenizer has ids that the model lacks.
     """
     require_lm_eval()
     if not tasks or len(set(tasks)) < len(tasks):

@@ -1,8 +1,8 @@
 """Select passages of held-out text, and create the questions of two tasks from the passages.
 
-Only held-out windows are used, because students are trained on the others. A window is divided at
-its document separators and decoded. The first and the last word of each part are dropped, because
-a window may begin or end within a word. Passages have the same number of words and do not overlap.
+Only held-out windows are used, because students are trained on the others. A window is divided
+where documents start, and decoded. The first and the last word of each part are dropped, because a
+window may begin or end within a word. Passages have the same number of words and do not overlap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparselogits.errors import TaskError
 from sparselogits.store.ranges import spread
 
 PASSAGE_WORDS = 32
-"""Largest number of words per passage; windows with few words give shorter passages."""
+"""Number of words per passage, or fewer if the mean number of words per window is small."""
 ENDINGS = 4
 """Number of endings per question, one of which is true."""
 _FEWEST_WORDS = 4  # the last quarter of a passage has at least one word
@@ -46,7 +46,7 @@ class Passage:
 
 
 def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
-    """Return passages that do not overlap, evenly spaced over the held-out windows.
+    """Return passages that do not overlap, spread over the held-out windows.
 
     Args:
         corpus: corpus with held-out windows.
@@ -54,7 +54,7 @@ def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
         count: largest number of passages.
 
     Raises:
-        TaskError: If there are no held-out windows, or they are too short.
+        TaskError: If there are no held-out windows, or they have too few words on average.
     """
     available = corpus.holdout_windows
     if not available:
@@ -83,8 +83,8 @@ def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
 def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, Any]]:
     """Create a question per passage: which of four endings continues the beginning.
 
-    The true ending is the last quarter of the passage's words; the other three are the last
-    quarters of passages of other windows.
+    The true ending is the last quarter (rounded down) of the passage's words; the other three are
+    the last quarters of passages of other windows.
 
     Args:
         found: result of `passages`.
@@ -94,7 +94,8 @@ def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, 
         Rows with `prefix`, `endings` (four) and `label` (index of the true ending).
 
     Raises:
-        TaskError: If passages of other windows have fewer than three different endings.
+        TaskError: If, for a passage, the passages of other windows have fewer than three different
+            endings that are not the true one.
     """
     rng = random.Random(f"continuation {seed}")
     divided = [_prefix_and_ending(passage) for passage in found]
@@ -119,7 +120,8 @@ def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, 
 def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
     """Create a question per passage: predict the last word of three letters or more.
 
-    A passage without such a word in its second half is skipped.
+    The word may only have letters and, after these, punctuation, which is removed. A passage
+    without such a word in its second half is skipped.
 
     Args:
         found: result of `passages`.
@@ -128,7 +130,7 @@ def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
         Rows with `passage` (the text before the word) and `word`.
 
     Raises:
-        TaskError: If no passage has such a word.
+        TaskError: If all passages are skipped.
     """
     rows = []
     for passage in found:
@@ -146,7 +148,7 @@ def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
 
 
 def _document_texts(window: Window, corpus: PackedCorpus, tokenizer: Any) -> Iterator[str]:
-    """Yield the text of each document in a window, without separators and padding."""
+    """Yield the text, possibly empty, of each document in a window, without special tokens."""
     packing = corpus.packing
     marks = (packing.separator_id, packing.bos_id, packing.padding_id)
     separators = [mark for mark in marks if mark is not None]
@@ -163,7 +165,10 @@ def _words(text: str) -> list[tuple[int, int]]:
 
 
 def _divide(window: int, text: str, length: int) -> Iterator[Passage]:
-    """Yield the passages of `length` words of a document's text."""
+    """Yield consecutive passages of `length` words of a document's text.
+
+    Passages with incompletely decoded characters and remaining words are left out.
+    """
     words = _words(text)
     for first in range(0, len(words) - length + 1, length):
         chosen = words[first : first + length]
