@@ -111,8 +111,8 @@ def import_collected(
 
     Raises:
         InvalidTargetsError: a row is invalid; the message contains the file and the row.
-        CorpusError: the data cannot be read, or have too few tokens for a window; or DistillKit's
-            settings are invalid.
+        CorpusError: the data cannot be read, or have too few tokens for a window; DistillKit's
+            settings are invalid; or the tokenizer has no token that can separate documents.
         RecipeError: the file with DistillKit's settings cannot be read as YAML.
         CacheError: `out` is a URL, or a size is above the limit of the format.
         StorageError: `out` cannot be written.

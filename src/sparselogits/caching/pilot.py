@@ -70,10 +70,10 @@ def resolve_budget(
 
 
 def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:
-    """Validate the teacher on the first pilot windows, and return its mean loss in nats.
+    """Validate the teacher on the first pilot windows, and return its mean loss in nats per label.
 
-    Windows are run until `CHECKED_POSITIONS` of their positions have a label. `how` contains the
-    build's `reset_attention` and `corruption`.
+    Windows are run until `CHECKED_POSITIONS` of their positions have a label; the loss is 0 if none
+    has. `how` contains the build's `reset_attention` and `corruption`.
 
     Raises:
         TeacherError: logits are not finite, or the loss exceeds that of uniform guessing by more

@@ -46,7 +46,8 @@ class Aligned:
         learnt: bool [n], whether each position predicts a token of the window that the loss mask of
             the teacher's cache includes.
         source: int64 [n], position of the teacher's target from which each position's target is
-            computed; -1 where the tokenisations share no boundary or the teacher has no target.
+            computed; -1 for the last position, and where the tokenisations share no boundary or the
+            teacher has no target.
         begins: bool [n], whether the predicted token begins a text that was tokenised as the
             beginning of a document.
         closed: int64 [n], index of the first byte of the next word, after which text cannot change

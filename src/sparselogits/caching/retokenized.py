@@ -67,7 +67,7 @@ class RetokenizeReport:
         window_length: number of tokens per window.
         tokens: number of tokens of the student, without padding.
         with_target: number of positions with a target of the teacher.
-        without_target: number of positions that predict a token but have no target of the teacher.
+        without_target: number of other positions whose next token is in the loss mask of the cache.
         padding: number of tokens that pad windows.
         cut_tokens: number of tokens that were left out because their window was full.
         left_out_bytes: number of bytes of text at the edges of windows that were left out, because
@@ -130,7 +130,8 @@ def retokenize(
             special token of the text has no counterpart, an option is invalid, or the cache lacks
             its tokenizer and `cache_tokenizer` is None.
         TeacherError: no tokenizer can be read at a given name or folder.
-        CorpusError: a packed text in the cache's folder is damaged.
+        CorpusError: a packed text in the cache's folder is damaged, or the student's tokenizer has
+            no token that can separate documents.
         IdentityMismatchError: `cache_tokenizer` is not the tokenizer of the cache, or `out`
             contains a cache with other settings.
         CacheError: there is no cache, the cache is empty or of a masked language model, or `out`

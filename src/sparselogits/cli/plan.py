@@ -205,7 +205,7 @@ class _ModelMemory:
     capacity: float | None  # None if unknown
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return table rows: the required memory, whether it fits, advice, and the parts."""
+        """Return table rows: memory, whether it fits, largest batch or advice, and the parts."""
         needed = self.memory_of(self.batch, 1)
         parts = ", ".join(f"{name} {_bytes(size)}" for name, size in needed.parts)
         text = f"{_bytes(needed.total)} with {self.option} {self.batch}"

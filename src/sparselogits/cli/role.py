@@ -95,7 +95,7 @@ class BuildRole:
         progress: Callable[[int, int], None],
         **options: Any,
     ) -> BuildReport:
-        """Build the missing shards of caches with this executor.
+        """Build the missing shards of caches in this process, or on Ray if the role has `workers`.
 
         The function `load` loads the teacher on the device given as `device`. The other arguments
         are those of `build_caches`.

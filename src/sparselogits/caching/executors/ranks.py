@@ -2,7 +2,7 @@
 
 A rank derives its share from environment variables, so the tasks of a Slurm array need not run at
 the same time, and a later run computes the ranges of tasks that did not finish. The first rank
-packs the text, fits the budget and creates the caches; the other ranks poll until the caches exist.
+packs the text, fits the budget and creates the caches; the other ranks wait until both exist.
 """
 
 from __future__ import annotations
