@@ -27,8 +27,8 @@ from sparselogits.shrink.layout import Layout
 from sparselogits.shrink.slicing import norms_of
 
 LayerScore = Literal["influence", "loss", "spaced"]
-"""Name of a rule that selects blocks; "spaced" is `spaced_layers`, the others are scores, see the
-module's docstring."""
+"""Name of a rule that selects blocks: "influence" and "loss" are scores, described above; "spaced"
+is `spaced_layers`."""
 
 
 def spaced_layers(count: int, total: int) -> tuple[int, ...]:

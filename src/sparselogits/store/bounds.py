@@ -50,7 +50,7 @@ LARGEST_LOSS = 1e6
 
 
 class DamageError(ValueError):
-    """Raised for bytes that no valid shard contains; the caller adds the file and the row."""
+    """Raised for bytes that no valid shard of the cache contains; callers add the file and row."""
 
 
 def entries_bound(block_bytes: int) -> int:
@@ -62,7 +62,7 @@ def entries_bound(block_bytes: int) -> int:
 
 
 def description_bound(file_bytes: int) -> int:
-    """Return the largest size in bytes of the JSON description in the footer of a shard."""
+    """Return the largest size of the JSON description in a shard of `file_bytes`, in bytes."""
     return (1 << 18) + file_bytes // 8
 
 

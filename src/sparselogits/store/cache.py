@@ -159,7 +159,7 @@ class Cache:
         """Write a shard atomically.
 
         Real-valued weights are rounded according to the codec (`TargetCodec.rounded`). An existing
-        shard of the same range is not replaced, because it contains the same targets.
+        shard of the same range is not replaced.
 
         Args:
             records: records of consecutive windows, at least one.

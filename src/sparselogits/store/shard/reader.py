@@ -358,7 +358,7 @@ _FAILURES = (
 
 
 class _BufferedRange(io.RawIOBase):
-    """File object with one validated range in memory, so that pyarrow can read nothing else."""
+    """File object with one range of a shard in memory, so that pyarrow can read nothing else."""
 
     start: int = 0  # offset of the range in bytes
     size: int = 0  # size of the file in bytes

@@ -60,7 +60,7 @@ def require_pages(
     number of tokens per window.
 
     Raises:
-        DamageError: a page is invalid; the message contains the column.
+        DamageError: a page is invalid.
         ThriftError: a page header cannot be parsed.
     """
     rows = group.num_rows

@@ -2,8 +2,8 @@
 
 Any number of threads, processes and caches may share the folder. The total size of its files is
 limited: files are added under a lock, which also protects the running total, and the least recently
-used files are evicted. Reading needs no lock, because an open file remains readable
-when it is evicted. Callers verify the bytes that they read.
+used files are evicted. Reading needs no lock, because an open file remains readable when it is
+evicted. Callers verify the bytes that they read.
 """
 
 from __future__ import annotations
