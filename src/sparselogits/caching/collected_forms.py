@@ -273,7 +273,7 @@ def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, A
 
 
 def has_normaliser(values: Mapping[str, Any]) -> bool:
-    """Return whether a row has no columns of logits that lack their normaliser."""
+    """Return False for a row of logits without their normaliser (MaxText), True for others."""
     return not all(name in values for name in _LOGITS)
 
 

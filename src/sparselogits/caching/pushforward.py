@@ -1,7 +1,7 @@
 """Map a window's targets from the teacher's tokens to those of a student with another tokenizer.
 
-Both tokenisations cut the same bytes. Where both have a boundary, every token that the teacher drew
-is a byte string that begins there, and the student's target is the distribution of the first
+Both tokenisations cut the same bytes. Where both have a boundary, the text tokens that the teacher
+drew are byte strings that begin there, and the student's target is the distribution of the first
 student token of these byte strings. What follows a drawn token is known only if that token is the
 next token of the text: its rounds are then continued by the rounds cached at the next position,
 until the student's first token can no longer change, through at most `followed` tokens of the text.
@@ -409,7 +409,7 @@ class Retokenizer:
         return self.student.first_of(prefix + own, begins) if prefix + own else -1
 
     def images_of(self, tokens: _Ints) -> _Ints:
-        """Return the student token that each drawn token alone begins with; negative for none."""
+        """Return the first student token of each teacher token by itself; negative for none."""
         known = self._images
         for token in np.unique(tokens[known[tokens] == _UNKNOWN]).tolist():
             known[token] = self._continued(b"", token, False)

@@ -459,7 +459,7 @@ def _dashed(field: str) -> str:
 
 
 def _window_range(text: str | None) -> tuple[int, int] | None:
-    """Parse `--windows` into the first window and the window after the last; None for None."""
+    """Parse `--windows` into the first window and the window after the last; None if not given."""
     if text is None:
         return None
     first, colon, stop = text.partition(":")

@@ -61,7 +61,7 @@ _NEXT_STEPS = {
 
 
 def run_and_exit(command_line: Callable[..., Any]) -> NoReturn:
-    """Run a command line, print a message unless it succeeds, and exit with the exit code."""
+    """Run a command line, report an error or interruption, and exit with the matching code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # an output encoding without ± or arrows prints question marks instead
         sys.stdout.reconfigure(errors="replace")

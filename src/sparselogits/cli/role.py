@@ -38,7 +38,7 @@ class BuildRole:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process, if it does not follow, packs the text and creates the cache."""
+        """Whether this process packs the text and creates the cache; also true if it `follows`."""
         return self.share.index == 0
 
     @property
