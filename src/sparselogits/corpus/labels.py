@@ -95,7 +95,8 @@ class DocumentLabels:
         """Return the documents of a training window as runs of tokens, in order.
 
         Raises:
-            CorpusError: the text cannot be read, a label is invalid, or the corpus is damaged.
+            CorpusError: the text cannot be read or has changed, a label is invalid, or the corpus
+                is damaged.
         """
         runs = []
         for start, stop in self._corpus.ranges(index, index + 1):

@@ -95,7 +95,7 @@ class CorpusSummary:
 
     Tokens include separators, beginning-of-text tokens, padding and dropped tokens. With the
     hold-out rule "windows", a document counts as held out if it begins at or after the first
-    held-out token.
+    held-out token. Documents of token ids have no characters.
     """
 
     documents: int
@@ -261,7 +261,7 @@ class PackedCorpus:
         """Frequency of each id in the training windows, int64 [V].
 
         Raises:
-            CorpusError: the file is damaged.
+            CorpusError: frequencies.parquet is missing or damaged.
         """
         path = Paths(self.folder).frequencies
         try:
@@ -405,7 +405,7 @@ def _require_windows(total: Counts, packing: Packing, split: Split | None) -> No
 
 
 def recorded_vocabulary(folder: Path) -> int | None:
-    """Return the vocabulary size in a folder's corpus.json; None if there is none.
+    """Return the vocabulary size in a folder's corpus.json; None if either is missing.
 
     Raises:
         CorpusError: corpus.json cannot be read.

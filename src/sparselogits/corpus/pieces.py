@@ -38,14 +38,14 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRow:
-    """N tokens of a document that is given as token ids."""
+    """N tokens of a row of token ids, which may contain several documents, and padding."""
 
     ids: NDArray[np.int64]
     """Token ids, int64 [N]."""
     learnt: NDArray[np.bool_]
     """Whether each token carries a target, bool [N]."""
     starts: NDArray[np.bool_]
-    """Whether each token after the first begins another document, bool [N]."""
+    """Whether each token after the first begins another document or the padding, bool [N]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ class _Turns:
         self._closing, self._eos = render.closing, render.eos
 
     def ranges(self) -> list[CharacterRange]:
-        """Return the ranges of the assistant's turns that are not excluded from the loss."""
+        """Return the ranges of the assistant's turns in the text, without excluded ones."""
         turns = [
             self._range(number)
             for number, message in enumerate(self._messages)
@@ -316,7 +316,7 @@ class _Turns:
 
 
 class _BoundTemplate:
-    """Template bound to the tools and variables of one conversation."""
+    """Template bound to the tools, documents and variables of one conversation."""
 
     def __init__(self, renderer: Renderer, request: Mapping[str, Any]) -> None:
         self.closing, self.eos = renderer.closing, renderer.eos
@@ -335,7 +335,7 @@ class _BoundTemplate:
         return self._render(messages, add_generation_prompt=opened)[0]
 
     def text_with_blocks(self, messages: Sequence[Message]) -> tuple[str, list[CharacterRange]]:
-        """Return the rendering of messages and the ranges of its `{% generation %}` blocks."""
+        """Return the rendering of messages and the ranges of nonempty `{% generation %}` blocks."""
         text, blocks = self._render(messages, return_assistant_tokens_mask=True)
         return text, [(start, stop) for start, stop in blocks[0] if start < stop <= len(text)]
 

@@ -88,7 +88,7 @@ class JsonLines(LineFormat):
 
 
 def _plain_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield (line, function that returns its position, bytes) for lines that begin in a span."""
+    """Yield (line, function that returns its position, length in bytes) per line of a span."""
     path, name = span.file.path, span.file.name
     with path.open("rb") as handle:
         handle.seek(max(span.start - 1, 0))
