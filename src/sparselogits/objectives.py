@@ -28,7 +28,7 @@ LEAST_RATE = 1e-3
 """Smallest random rate of a window, whose inverse bounds the weight of the window's loss."""
 
 MASK_RATE = 0.15
-"""Default share of the tokens that are chosen for prediction, as in BERT."""
+"""Default expected share of the tokens that are chosen for prediction, as in BERT."""
 
 MASK_SPAN = 3.0
 """Default mean length of a span in tokens."""
@@ -105,6 +105,9 @@ class Causal:
 class Masked:
     """Prediction of chosen tokens, which the input of a window may hide or replace.
 
+    Tokens are chosen and replaced at random, so the shares below are expected values. Special
+    tokens are never chosen.
+
     Args:
         mask_id: id of the mask token.
         rate: share of the tokens that are chosen for prediction, in (0, 1]. If None, a rate is
@@ -115,7 +118,7 @@ class Masked:
             ones are not replaced. 0.8 and 0.1 are the shares of BERT (Devlin et al. 2018, arXiv
             1810.04805).
         units: unit that is chosen as a whole: "tokens", "words", or "spans" of random length.
-        span: mean length of a span in tokens; None for other units.
+        span: mean length in tokens of a span that no special token cuts; None for other units.
         seed: seed that determines the corruption, together with the window index.
 
     Raises:

@@ -93,7 +93,7 @@ class Quantization:
 
 
 def prepare(model: nn.Module, quantization: Quantization) -> None:
-    """Replace a model's linear layers, except the head, by fake-quantised ones in place.
+    """Replace a model's plain linear layers, except the head, by fake-quantised ones in place.
 
     The names and the precision of the weights do not change, so checkpoints and optimisers are not
     affected.

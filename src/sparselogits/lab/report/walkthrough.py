@@ -30,7 +30,7 @@ class Walkthrough:
         title: title of the page.
         headline: summary of the results in a few sentences.
         caution: limits of the results.
-        table: table with a row per method and one for the teacher.
+        table: table with a row per method, and one for the teacher if it has results.
         drawings: charts, in which each method has the look that `looks_of` assigns to its name.
         continuations: samples of generated text.
         sampled: description of how the samples were generated.
