@@ -18,7 +18,7 @@ _DEEPEST = 16  # Parquet's structures are nested up to five levels deep
 
 
 class ThriftError(ValueError):
-    """Raised if bytes are no structure of the compact protocol, or one of too many values."""
+    """Raised if bytes are not a valid structure, or contain more values or levels than allowed."""
 
 
 class CompactReader:

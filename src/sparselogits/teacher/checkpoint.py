@@ -94,7 +94,9 @@ class Checkpoint:
 def find_checkpoint(
     name: str, *, revision: str | None = None, allow: Collection[str] = (), depth: int = 0
 ) -> Checkpoint:
-    """Locate the files of a model and validate them; of a GGUF file only the existence.
+    """Locate the files of a model and validate them.
+
+    For a GGUF file, only the existence is validated.
 
     Args:
         name: local folder, GGUF file or hub name.
@@ -465,7 +467,7 @@ def _configuration(found: Checkpoint) -> dict[str, Any]:
 
 
 def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Yield (key, value) for each integer value of an object, and of objects in it or its lists."""
+    """Yield (key, value) for each integer in the objects of a JSON value, except lists of lists."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _integers(inner, name)

@@ -21,9 +21,10 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
 
     The engine must satisfy these conditions: names and shapes are those of `Engine`; slices contain
     every position once and in order; logits are -inf exactly at ids that are not tokens; slices may
-    be overwritten; equal tokens give equal logits; logits do not depend on the last token or on
-    other windows of a batch. If L >= 4, the second of two documents is checked too: with document
-    starts, its logits equal those of the document alone, and do not depend on the first document.
+    be overwritten; equal tokens give equal logits; logits do not depend on other windows of a
+    batch, and before the last position not on the last token. If L >= 4, the second of two
+    documents is checked too: with document starts, this document's logits equal those of the
+    document alone, and do not depend on the first document.
     An engine that raises a SparseLogitsError for document starts passes.
 
     Args:

@@ -62,14 +62,14 @@ _WITHOUT_EFFECT = {
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a teacher.
+    """Load the tokenizer of a teacher; for an adapter without a tokenizer, that of the base model.
 
     Args:
         name: local folder, GGUF file or hub name, or "demo" (see `demo_model`).
         trust_remote_code: whether to run tokenizer code from the model's folder.
 
     Raises:
-        TeacherError: no tokenizer can be read.
+        TeacherError: no tokenizer can be read, or the configuration does not match the weights.
         MissingDependencyError: packages that "demo" needs are missing.
     """
     from transformers import AutoTokenizer
@@ -106,7 +106,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 TOKENIZER_FOLDER = "tokenizer"
-"""Name of a cache's subfolder with the teacher's tokenizer, which is copied to each student."""
+"""Name of the subfolder of a cache that contains the tokenizer of the cache's tokens."""
 
 
 def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
@@ -159,8 +159,8 @@ def load_teacher(
         The teacher, whose identity contains the fingerprint of its weights.
 
     Warns:
-        SlowFormatWarning: `dtype` is "auto", and the model is on the processor, which runs it
-            faster in float32. Of several ranks, the first one warns.
+        SlowFormatWarning: `dtype` is "auto", and the model is on a CPU without instructions for
+            products in the dtype of the checkpoint. With torchrun, only rank 0 warns.
 
     Raises:
         TeacherError: the model cannot be read, has no trained head, does not match the tokenizer,

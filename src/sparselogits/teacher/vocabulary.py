@@ -13,7 +13,7 @@ from sparselogits.teacher.loading import locate_model
 
 
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """Return the number of rows in a teacher's head, as stated in configuration or GGUF header.
+    """Return the number of rows in a teacher's head, from the configuration or the GGUF header.
 
     The result is None if the file cannot be read or does not state the number, and for an adapter,
     because adapters may add tokens. The arguments are those of `load_tokenizer`.

@@ -15,7 +15,9 @@ weights; the cosine loss is a mean over all positions that are not padding.
     data_seconds        seconds that a rank waited for batches, mean over ranks
 
 The cached teacher's entropy is a mean over the positions of a window with a target. Those without a
-label count in that mean but not in `kd`; `kl` ignores the difference.
+label count in that mean but not in `kd`; `kl` ignores the difference. For several teachers, `kl` is
+the mean of their divergences, by weight. For a retokenized cache, whose entropy is unknown, `kl`
+equals `kd`.
 """
 
 from __future__ import annotations

@@ -403,7 +403,7 @@ class TrainingSettings(_Strict):
 
     @property
     def training_arguments(self) -> dict[str, Any]:
-        """Settings of this section, given or default, by field of TrainingArguments."""
+        """Training settings, given or default, by field of TrainingArguments."""
         given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
         return given | (self.model_extra or {})
 

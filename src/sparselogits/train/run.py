@@ -1,7 +1,7 @@
 """Run a recipe: train a student, and write the model and the metrics of training to one folder.
 
     OUT/
-      recipe.json     the validated recipe, and fingerprints of the cache, its text and the student
+      recipe.json     the validated recipe, and fingerprints of cache, text and existing student
       model/          the student, in transformers' format
       adapter/        the adapter alone in PEFT's format, if one was trained
       drafter-head.safetensors   the head for a draft vocabulary alone, as in EAGLE-3 checkpoints
@@ -315,7 +315,7 @@ def save_untrained(recipe: Recipe) -> RunResult:
 
 
 def _new_student(recipe: Recipe, dataset: CacheDataset, tokenizer: Any | None) -> nn.Module:
-    """Create the untrained student of a recipe; reset torch's random seed to the recipe's."""
+    """Create the untrained student of a recipe, after seeding torch with the recipe's seed."""
     torch.manual_seed(recipe.seed)
     vocab_size = max(cache.identity.vocab_size for cache in dataset.caches)
     model = make_student(recipe.student, vocab_size=vocab_size, dataset=dataset)
@@ -384,7 +384,10 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
 def _heldout(
     recipe: Recipe, corruption: Corruption | None, draft: DraftVocabulary | None
 ) -> TextDataset:
-    """Return the held-out windows of the first local cache with text; RecipeError without any."""
+    """Return the held-out windows of the first local cache that contains a packed text.
+
+    Raises RecipeError if there are none.
+    """
     folders = [Path(cache) / "corpus" for cache in recipe.caches if not is_url(cache)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     heldout = None

@@ -482,9 +482,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         """Evaluate as transformers' Trainer does, and return the metrics by name.
 
         `eval_loss` is the cross-entropy to the labels. With the method "sparse" and targets in the
-        windows, `eval_kd` is the cross-entropy to the targets. If these are unbiased and of the
-        whole vocabulary, `eval_kl` estimates KL(teacher || student). All three are means over
-        positions with a label, in nats.
+        windows, `eval_kd` is the cross-entropy to the targets. If these are unbiased, of the whole
+        vocabulary and not retokenized, `eval_kl` estimates KL(teacher || student). All three are
+        means over positions with a label, in nats.
         """
         self.objective.evaluation.take(self._sum_over_ranks)
         given = self._eval_windows(eval_dataset)

@@ -91,7 +91,8 @@ def export(
             position but the last one of a window, and `weighted`, `distillkit` and `axolotl`
             require a causal model.
         CacheError: the cache is empty or damaged.
-        StorageError: the folder cannot be written; no partial export remains.
+        StorageError: the folder cannot be written, or the cache cannot be reached; no partial
+            export remains.
 
     Examples:
         >>> from sparselogits.store import Cache

@@ -103,7 +103,7 @@ def _texts_of(
     shards: Sequence[tuple[Cache, Range]],
     holder: Mapping[Range, Cache],
 ) -> TextCheck:
-    """Return the texts that the sources and their shards record, after validating that they agree.
+    """Return the texts of the sources and of the shards to copy, after validating that all agree.
 
     `holder` maps each range to the cache whose shard is copied.
     """

@@ -54,7 +54,8 @@ def repair(
 
     Raises:
         CacheError: another process is repairing the cache, or two shards overlap.
-        CacheCorruptionError: see `is_sound`.
+        CacheCorruptionError: a file in `texts/`, or the footer of a shard that the report calls
+            sound, is damaged.
         StorageError: the cache cannot be reached or written; moved files are not moved back.
 
     Examples:

@@ -70,6 +70,7 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
 
     Raises:
         CacheCorruptionError: a shard or row group of the sample is damaged.
+        StorageError: the cache cannot be reached.
 
     Examples:
         >>> from sparselogits.store import Cache
@@ -101,6 +102,7 @@ def sampled_windows(cache: Cache, groups: int = GROUPS) -> Iterator[WindowRecord
 
     Raises:
         CacheCorruptionError: a shard or row group of the sample is damaged.
+        StorageError: the cache cannot be reached.
     """
     ranges = cache.finished()
     chosen = [ranges[i] for i in spread(len(ranges), groups)]

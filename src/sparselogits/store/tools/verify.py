@@ -160,7 +160,10 @@ def _verify_shard(
 
 
 def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextOf | None) -> None:
-    """Validate that a shard was built from a text of the cache, and from the text of `text_of`."""
+    """Validate that a shard was built from a text of the cache.
+
+    A fingerprint that `text_of` returns must equal that of the provenance, if both exist.
+    """
     provenance = shard.description["provenance"]
     try:
         texts.require(windows, provenance)
@@ -199,7 +202,7 @@ _REBUILD = "run `sparselogits repair` on the cache, then build its windows again
 
 
 def _totals(record: WindowRecord) -> tuple[int, int, float, float, Window]:
-    """Return a window's numbers of entries and of positions with a target, loss, entropy, text."""
+    """Return a window's number of entries, positions with a target, loss, entropy and text."""
     # the mask of a corrupted window marks the chosen tokens and is no part of the text
     mask = record.mask if record.inputs is None else None
     window = Window(record.window_index, record.tokens, record.document_starts, mask)
