@@ -1,7 +1,7 @@
 """Validate the tensors of one call of a loss, and attach the computed gradients to the loss.
 
-Every loss starts with `prepare`. All but the reference compute sums and gradients without autograd,
-and end with `Call.finish`. No function here synchronises with the device.
+Every loss in this package starts with `prepare`. All but the reference compute sums and gradients
+without autograd, and end with `Call.finish`. No function here synchronises with the device.
 """
 
 from __future__ import annotations

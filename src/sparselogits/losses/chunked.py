@@ -64,7 +64,7 @@ def loss_and_gradients(
     """Compute loss sums over N rows and their gradients, without autograd or autocast.
 
     Gradients have the dtype of the operands, or float32 for float16. For given logits, one tensor
-    of their size is allocated for their gradient.
+    of their shape is allocated for their gradient.
 
     Args:
         operands: input [N, D], weight [V, D] and bias of a head in one dtype, or logits [N, V].

@@ -36,7 +36,7 @@ _BUILT_IN: dict[str, type[Sampler]] = {
 
 
 def samplers() -> dict[str, type[Sampler]]:
-    """Return all installed sampler classes by name."""
+    """Return the built-in sampler classes and the valid ones of other packages by name."""
     return _BUILT_IN | _from_packages()
 
 
@@ -49,7 +49,7 @@ def find_sampler(name: object) -> type[Sampler] | None:
 
 @cache
 def _from_packages() -> dict[str, type[Sampler]]:
-    """Return the sampler classes of other packages by name."""
+    """Return the valid sampler classes of other packages by name; warn about the others."""
     return {kind.name: kind for kind in load_declared(GROUP, "sampler", _checked)}
 
 
