@@ -35,7 +35,7 @@ class Engine(Protocol):
     """
 
     vocab_size: int
-    """Number V of columns in the head, including padding."""
+    """Number V of logits per position, including those of padding rows of the head."""
 
     token_mask: Tensor
     """Mask of the ids that are tokens of the tokenizer, bool [V]."""
