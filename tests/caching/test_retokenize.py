@@ -178,8 +178,10 @@ def test_a_student_trains_and_is_measured(made: Path, tmp_path: Path) -> None:
         tmp_path, max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True
     )
     dataset = CacheDataset(made)
+    assert "teacher_entropy" not in dataset[0]  # that of the images is unknown
     trainer = SparseKDTrainer(model=model, args=arguments, train_dataset=dataset, rounds=6)
     assert trainer.train().training_loss > 0
+    assert not any("kl" in line for line in trainer.state.log_history)
 
 
 def test_padding_of_windows_of_documents_is_no_text(tmp_path: Path) -> None:

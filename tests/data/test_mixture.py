@@ -187,6 +187,7 @@ def test_rounds_are_divided_with_the_least_variance(rounds, shares, held):
         return sum(w * w / n for w, n in zip(weights, division, strict=True))
 
     assert sum(found) == kept
+    assert divided(rounds, (1.0,), (held[0],)) == (min(rounds, held[0]),)
     best = min(variance(c) for c in choices if sum(c) == kept)
     assert variance(found) == pytest.approx(best, rel=1e-12)
 

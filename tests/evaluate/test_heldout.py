@@ -44,6 +44,8 @@ def test_against_a_plain_computation(windows, teacher_folder, tokenizer):
     assert found["teacher"].agreement == 1.0
     assert result.positions == int(counted.sum())
     assert len(result.loss_by_window) == 5
+    with pytest.raises(InvalidArgumentError, match="rename the student"):
+        evaluate({"teacher": student}, windows, teacher)
 
 
 @pytest.mark.parametrize("name", MODELS)

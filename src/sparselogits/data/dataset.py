@@ -68,10 +68,9 @@ class CachedWindow(TextWindow):
 
     Attributes:
         targets: targets of the L positions.
-        teacher_entropy: mean entropy of the teacher in nats, float32 [], or 0 in a cache whose
-            targets were retokenized, where the entropy is unknown; for several teachers the
-            weighted mean of their entropies. Absent with a draft vocabulary, because the entropy of
-            the restricted distribution is not stored.
+        teacher_entropy: mean entropy of the teacher in nats, float32 []; for several teachers the
+            weighted mean of their entropies. Absent where the entropy of the targets'
+            distribution is not stored: with a draft vocabulary, and in retokenized caches.
     """
 
     targets: SparseTargets
@@ -129,6 +128,8 @@ class CacheDataset(Dataset[CachedWindow]):
         if not paths:
             raise InvalidArgumentError("the list of caches is empty; give at least one cache")
         self._mixture = Mixture.of([_open(each, copy) for each in paths], weights)
+        teachers = [cache.identity.teacher for cache in self._mixture.caches]
+        self._entropy_known = draft is None and not any("retokenized" in own for own in teachers)
         self.caches = self._mixture.caches
         self.cache = self.caches[0]
         """The cache, or the first of several caches, which all have the same windows."""
@@ -229,6 +230,7 @@ class CacheDataset(Dataset[CachedWindow]):
         if self.draft is not None:
             item["targets"] = self.draft.restrict(item["targets"])
             item["shift_labels"] = self.draft.labels(item["shift_labels"])
+        if not self._entropy_known:
             del item["teacher_entropy"]
         return item
 

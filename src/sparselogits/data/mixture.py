@@ -160,7 +160,8 @@ class Mixture:
 def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> tuple[int, ...]:
     """Divide a total number of rounds among the teachers of a window.
 
-    A single teacher gets all rounds. Of several teachers each gets one round, and each further
+    A single teacher gets all rounds, at most as many as are cached. Of several teachers each gets
+    one round, and each further
     round is assigned to the teacher for which it most reduces sum_m w_m^2 / n_m, the variance of
     the mixture if the rounds of all teachers have the same variance. The resulting numbers n_m are
     about rounds * w_m, but at most `held`, the numbers of cached rounds.
@@ -175,7 +176,7 @@ def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> t
         (8, 4)
     """
     if len(weights) == 1:
-        return (rounds,)
+        return (min(rounds, held[0] or rounds),)  # 0: not drawn in rounds, which thinning reports
     require_round_each(rounds, len(weights))
     assigned = [1] * len(weights)
     for _ in range(min(rounds, sum(held)) - len(weights)):

@@ -242,6 +242,10 @@ def evaluate(
         raise InvalidArgumentError(
             "there are no held-out windows; build the cache with a hold-out, as in --holdout 0.05"
         )
+    if teacher is not None and "teacher" in students:
+        raise InvalidArgumentError(
+            "a student has the name 'teacher', which the teacher's metrics have; rename the student"
+        )
     masked = getattr(windows, "corruption", None) is not None
     learners = {name: StudentLogits(m, masked=masked) for name, m in students.items()}
     taught = getattr(teacher, "model", None)

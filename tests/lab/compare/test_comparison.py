@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -130,9 +131,14 @@ def test_every_interval_can_be_recomputed_from_the_sums_of_windows(results, valu
     found = differences(stored, other)
     assert found
     assert all(place[0] in line for line in found)
-    (tmp_path / "w.npz").write_bytes(b"no archive")
-    with pytest.raises(CacheError, match="not a file of per-window sums"):
-        read_windows(tmp_path / "w.npz")
+    with pytest.raises(CacheError, match=f"no per-window sums of {place[0]}, {place[1]}, seed 0"):
+        differences(stored, {run: own for run, own in sums.items() if run != place})
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    whole, array = (out / "windows.npz").read_bytes(), (tmp_path / "array.npy").read_bytes()
+    for content in (b"no archive", whole[: len(whole) // 2], array):
+        (tmp_path / "w.npz").write_bytes(content)
+        with pytest.raises(CacheError, match="not a file of per-window sums"):
+            read_windows(tmp_path / "w.npz")
 
 
 def test_a_row_is_formed_again_when_what_it_rests_on_is_new(results, values, tmp_path):

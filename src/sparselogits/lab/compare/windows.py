@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -84,7 +85,10 @@ def read_windows(path: Path) -> dict[RunKey, WindowSums]:
         CacheError: If the file is missing or is not an archive of per-window sums.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with stored:
             names = stored["names"].tolist()
             columns = {name: stored[name].astype(np.float64) for name in METRICS}
             return {
@@ -93,7 +97,7 @@ def read_windows(path: Path) -> dict[RunKey, WindowSums]:
                 }
                 for row, (method, student, seed) in enumerate(stored["runs"].tolist())
             }
-    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile) as error:
         raise CacheError(
             f"{path} is not a file of per-window sums ({error}). Give the windows.npz that "
             "`sparselogits compare` writes into the folder of results.json"
@@ -109,10 +113,20 @@ def differences(results: Results, sums: Mapping[RunKey, WindowSums]) -> list[str
 
     Returns:
         A line for each metric that differs by more than `TOLERANCE`.
+
+    Raises:
+        CacheError: The sums of a finished run are missing.
     """
     recipe = results.settings["recipe"]
     found = []
     for row in results.methods:
+        for seed in row.seeds_done:
+            if (row.method, row.student, seed) not in sums:
+                raise CacheError(
+                    f"there are no per-window sums of {row.method}, {row.student}, seed {seed}, "
+                    "although results.json lists that run as done. Run `sparselogits compare` "
+                    "again, which writes both files"
+                )
         of_student = [each for each in results.methods if each.student == row.student]
         references = References.of_rows(of_student)
         recomputed = metrics_of(

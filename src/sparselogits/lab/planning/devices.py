@@ -48,7 +48,7 @@ DEVICES: dict[str, DeviceKind] = {
             "b200", 2250e12, "NVIDIA DGX B200 data sheet, 36 PFLOPS sparse of 8, halved", 180e9
         ),
         DeviceKind("l4", 121e12, "NVIDIA L4 data sheet, 242 TFLOPS sparse, halved", 24e9),
-        DeviceKind("l40s", 362e12, "NVIDIA L40S data sheet, 733 TFLOPS sparse, halved", 48e9),
+        DeviceKind("l40s", 362e12, "NVIDIA L40S data sheet, 362 TFLOPS dense", 48e9),
         DeviceKind(
             "rtx3090", 71e12, "NVIDIA GA102 white paper, BF16 with FP32 accumulate, dense", 24e9
         ),
