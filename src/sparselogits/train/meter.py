@@ -16,8 +16,8 @@ weights; the cosine loss is a mean over all positions that are not padding.
 
 The cached teacher's entropy is a mean over the positions of a window with a target. Those without a
 label count in that mean but not in `kd`; `kl` ignores the difference. For several teachers, `kl` is
-the mean of their divergences, by weight. For a retokenized cache, whose entropy is unknown, `kl`
-equals `kd`.
+the mean of their divergences, by weight. A retokenized cache, whose entropy is unknown, has no
+`kl`.
 """
 
 from __future__ import annotations
