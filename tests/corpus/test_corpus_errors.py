@@ -66,10 +66,52 @@ def test_missing_paths(tmp_path, monkeypatch):
     for data in (f"{tmp_path}/none", "none.txt", "a/b/none.jsonl.gz"):
         with pytest.raises(CorpusError, match="does not exist; check the path"):
             open_source(data)
+    with pytest.raises(CorpusError, match=r"'There is .*' is no path .*File name too long"):
+        open_source(TEXT)
     with pytest.raises(CorpusError, match="no file matches"):
         open_source(f"{tmp_path}/*.txt")
     with pytest.raises(CorpusError, match=r"neither a file nor a folder here.*`no-such/thing`"):
         open_source("no-such/thing:config")
+
+
+def _link_outside(folder: Path) -> None:
+    """Replace the data file by a link to a file outside of the folder."""
+    (folder / "data-00000-of-00001.arrow").rename(folder.parent / "secret.arrow")
+    (folder / "data-00000-of-00001.arrow").symlink_to("../secret.arrow")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ([], "does not contain a JSON object"),
+        ({"_data_files": 7}, "has no list of data files"),
+        ({"_data_files": ["a"]}, "has no list of data files"),
+        ({"_data_files": [{}]}, "has no list of data files"),
+        ({"_data_files": [{"filename": None}]}, "names None, which is no file"),
+        ({"_data_files": [{"filename": "../secret.txt"}]}, r"names '../secret.txt'.* no file"),
+        ({"_data_files": [{"filename": "/etc/hostname"}]}, r"names '/etc/hostname'.* no file"),
+        ({"_data_files": [{"filename": "gone.arrow"}]}, r"names 'gone.arrow'.* no file"),
+        ({"_data_files": [{"filename": "a" * 300}]}, r"names 'aaa.* no file"),
+        (_link_outside, "data-00000-of-00001.arrow is a link to a file outside"),
+    ],
+)
+def test_saved_datasets_with_a_damaged_state(tmp_path, damage, message):
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([GOOD]).save_to_disk(folder)
+    (tmp_path / "secret.txt").write_text("secret")
+    if callable(damage):
+        damage(folder)
+    else:
+        (folder / "state.json").write_text(json.dumps(damage))
+    with pytest.raises(CorpusError, match=message):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"splits": 7}', "[" * 9_999])
+def test_saved_splits_with_a_damaged_list(tmp_path, content):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(CorpusError, match=r"dataset_dict\.json .*save the dataset again"):
+        open_source(tmp_path)
 
 
 def test_folders_without_text(tmp_path):
@@ -156,7 +198,9 @@ def test_an_output_folder_in_use(tokenizer, tmp_path):
         (lambda out: (out / "training/part-00000000.parquet").unlink(), "parquet is damaged"),
         (lambda out: (out / "training/part-00000000.parquet").write_bytes(b""), "is damaged"),
         (lambda out: (out / "training/part-00000000.parquet").write_bytes(bytes(99)), "b'PAR1'"),
-        (lambda out: write_numbers(out / "training"), "are int32 and int32, expected int32 and bo"),
+        (lambda out: write_part(out, [1], [1]), "are int32, int32, expected int32, bool"),
+        (lambda out: write_part(out, [1], [True], [1]), "are int32, bool, int32, expected"),
+        (lambda out: write_part(out, [1], [True], [None]), "are int32, bool, object, expected"),
         (lambda out: flip(out / "frequencies.parquet"), "frequencies.parquet is damaged"),
     ],
 )
@@ -171,12 +215,13 @@ def test_damage_on_disk(tokenizer, tmp_path, damage, message):
         corpus.token_frequencies.sum()
 
 
-def write_numbers(folder: Path) -> None:
-    """Replace a part by one whose document starts are numbers."""
-    table = pa.table({name: pa.array([1], pa.int32()) for name in ("token", "document_start")})
-    pq.write_table(
-        table, folder / "part-00000000.parquet", store_schema=False, use_dictionary=False
-    )
+def write_part(out: Path, *columns: list[int | bool | None]) -> None:
+    """Replace a part by one with other columns, whose numbers are int32."""
+    kinds = [pa.int32() if type(column[0]) is int else pa.bool_() for column in columns]
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+    table = pa.table(arrays, names=["token", "document_start", "learnt"][: len(arrays)])
+    path = out / "training" / "part-00000000.parquet"
+    pq.write_table(table, path, store_schema=False, use_dictionary=False)
 
 
 def flip(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from sparselogits.corpus.formats import (
 )
 from sparselogits.corpus.splits import find_splits
 from sparselogits.errors import CorpusError
+from sparselogits.untrusted import leads_outside, read_json, shown
 
 _HIDDEN = (".", "__")
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -84,6 +84,13 @@ def locate(data: str, split: str) -> Located:
     path = Path(data).expanduser()
     base, _, configuration = data.rpartition(":")
     located = None
+    try:
+        path.exists()
+    except OSError as error:  # for example, if `data` is text
+        raise CorpusError(
+            f"{shown(data)} is no path that can be read ({error.strerror}); give the path of a "
+            "file or folder. Write text to a file first"
+        ) from error
     if path.is_file():
         _require_train(data, split)
         files = [SourceFile(path, path.name, _format_of(path))]
@@ -348,30 +355,53 @@ def _looks_like_file(path: Path) -> bool:
 # --- datasets saved as folders of Arrow files ---
 
 
-def _saved_dataset(folder: Path, split: str) -> list[SourceFile]:
-    if (folder / "dataset_dict.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits", [])
+def _saved_dataset(root: Path, split: str) -> list[SourceFile]:
+    folder = root
+    if (listed := root / "dataset_dict.json").is_file():
+        splits = _json(listed).get("splits")
+        if not isinstance(splits, list):
+            raise CorpusError(f"{listed} has no list of splits; save the dataset again")
         if split not in splits:
             raise CorpusError(
-                f"the dataset {folder} has no split `{split}`; its splits are {', '.join(splits)}. "
-                "Give one of them (--split)"
+                f"the dataset {root} has no split `{split}`; its splits are "
+                f"{', '.join(map(str, splits))}. Give one of them (--split)"
             )
-        folder = folder / split
+        folder = root / split
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise CorpusError(
             f"the dataset {folder} was saved with an index mapping; load it with `datasets`, call "
             "flatten_indices(), and save it again"
         )
-    names = [entry["filename"] for entry in state.get("_data_files", [])]
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    try:
+        names = [entry["filename"] for entry in state.get("_data_files", [])]
+        absent = [name for name in names if name not in present]
+    except (KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{folder / 'state.json'} has no list of data files; save the dataset again"
+        ) from error
+    if absent:
+        raise CorpusError(
+            f"{folder / 'state.json'} names {shown(absent[0])}, which is no file in its folder; "
+            "copy the dataset again with all of its files"
+        )
+    for name in names:
+        if leads_outside(folder / name, root):
+            raise CorpusError(
+                f"{folder / name} is a link to a file outside of the dataset {root}; copy the file "
+                "into the dataset instead"
+            )
     return [SourceFile(folder / name, name, Arrow()) for name in names]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise CorpusError(f"{path} cannot be read ({error}); save the dataset again") from error
+    if not isinstance(value, dict):
+        raise CorpusError(f"{path} does not contain a JSON object; save the dataset again")
     return value
 
 

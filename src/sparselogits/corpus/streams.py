@@ -301,9 +301,10 @@ class TokenStream:
             table = self._file[1].read_row_group(group)
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             tokens = Tokens(columns["token"], columns["document_start"], columns.get("learnt"))
-            if tokens.ids.dtype != np.int32 or tokens.starts.dtype != np.bool_:
-                found = f"{tokens.ids.dtype} and {tokens.starts.dtype}"
-                raise PartError(f"its columns are {found}, expected int32 and bool")
+            dtypes = [str(column.dtype) for column in tokens if column is not None]
+            usual = ["int32", "bool", "bool"][: len(dtypes)]
+            if dtypes != usual:
+                raise PartError(f"its columns are {', '.join(dtypes)}, expected {', '.join(usual)}")
         except (
             OSError,
             pa.ArrowException,
