@@ -25,6 +25,8 @@ from sparselogits.errors import InvalidArgumentError
 
 _PROBE_LENGTH = 16
 """Number of tokens on which models are compared with their parts."""
+_FAILURES = (AttributeError, IndexError, TypeError, ValueError, RuntimeError)
+"""Errors of a forward pass on such tokens; IndexError if a model has too few positions."""
 
 
 @dataclass(frozen=True)
@@ -307,27 +309,26 @@ def probe_tokens(model: nn.Module, device: Any = "cpu") -> Tensor:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode within a `with` block, and restore its mode afterwards.
-
-    All submodules then have the mode that the model itself had.
-    """
-    was_training = model.training
+    """Set a model to eval mode within a `with` block, and restore each module's mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(modes[0][1])  # a module may override train()
+        for module, training in modes:
+            module.training = training
 
 
 def _logits_of(model: nn.Module, tokens: Tensor) -> Tensor | None:
     """Return the logits [1, L, V] of a model's own forward pass.
 
-    The result is None if the pass raises AttributeError, TypeError, ValueError or RuntimeError.
+    The result is None if the pass raises one of `_FAILURES`.
     """
     try:
         with in_eval_mode(model):
             logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except _FAILURES:
         return None
     return logits
 
@@ -378,7 +379,7 @@ def _agree_with(model: nn.Module, parts: Parts) -> bool:
         with in_eval_mode(model):
             hidden = parts.states(input_ids=tokens)
             sliced = parts.bound_head()(hidden)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except _FAILURES:
         return False
     if whole is None or whole.shape != sliced.shape or len(entered) != 1:
         return False

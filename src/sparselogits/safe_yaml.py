@@ -42,11 +42,19 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+        except (LookupError, ArithmeticError, ValueError) as error:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"{shown(node.value)} does not match its tag {tag}: remove the tag"
+            raise _error(problem, node) from error
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = key.value
-            if key.tag != "tag:yaml.org,2002:str":
+            if key.tag != "tag:yaml.org,2002:str" or not isinstance(key, yaml.ScalarNode):
                 raise _error(f"the key {shown(name)} is not a string: put it in quotes", key)
             if name in seen:
                 raise _error(f"the key {shown(name)} occurs twice: remove one", key)

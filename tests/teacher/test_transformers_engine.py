@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from sparselogits.errors import SparseLogitsWarning, TeacherError
-from sparselogits.language_model import split
+from sparselogits.language_model import in_eval_mode, split
 from sparselogits.teacher import TransformersTeacher
 from tests.architectures import CONFIGURATIONS, tiny_model
 from tests.conftest import tiny_llama
@@ -142,6 +142,20 @@ def test_a_factor_before_the_head_is_noticed():
         teacher = make_teacher(model)
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(gathered(teacher, tokens), model(input_ids=tokens).logits)
+
+
+def test_a_model_with_fewer_positions_than_the_probe_is_not_split():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    assert split(model) is None
+
+
+def test_each_module_has_its_mode_again_after_eval_mode():
+    model = tiny_llama().train()
+    model.model.layers[0].eval()  # frozen, as with batch normalisation
+    before = [module.training for module in model.modules()]
+    with in_eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
 
 
 UNSPLIT = ("llama4", "bert_causal", "roberta_causal")  # the head is more than a product
