@@ -83,7 +83,7 @@ class SparseLogitsWarning(UserWarning):
 
 
 class SlowFormatWarning(SparseLogitsWarning):
-    """Issued for a teacher whose number format the processor multiplies slower than float32."""
+    """Issued if the stored number format of a teacher is slower than float32 on this processor."""
 
 
 def reason_of(error: BaseException) -> str:

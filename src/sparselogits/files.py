@@ -130,7 +130,7 @@ def move(source: Path, target: Path) -> bool:
     """Rename a file or folder; return False if the new name exists already.
 
     Raises:
-        FileNotFoundError: `source` does not exist.
+        FileNotFoundError: `source`, or the folder of `target`, does not exist.
     """
     with _folder_lock(target.parent):
         if os.path.lexists(target):
@@ -363,7 +363,11 @@ def sync(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable, if its file system supports that."""
+    """Flush a folder to its disk, so that renames within the folder are durable.
+
+    An error of the flush is ignored, so renames may not survive a crash of the machine. Raises
+    OSError if the folder cannot be opened.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot sync folders

@@ -304,7 +304,8 @@ class SparseTargets:
         targets with counts can still be thinned.
 
         Args:
-            image: int64 [V'], new id of each id in [0, vocab_size), V' at least `self.vocab_size`.
+            image: int64 [V'], the new id, in [0, vocab_size), of each id of these targets; V' is at
+                least `self.vocab_size`.
             vocab_size: number of new ids.
 
         Examples:

@@ -237,7 +237,7 @@ def conversion(
 
 
 def _named(tokenizer: Any) -> Any:
-    """Return a tokenizer, which is loaded if it is given by name."""
+    """Return a tokenizer; load the tokenizer if a name or folder is given."""
     return load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
 
 

@@ -32,7 +32,7 @@ def draft_vocabulary(
     ),
     as_json: Json = False,
 ) -> None:
-    """Choose the ids of a draft model for speculative decoding, and write their mapping."""
+    """Choose the draft ids for speculative decoding, and write their mapping to teacher ids."""
     import torch
 
     from sparselogits.caching import fetch_texts

@@ -181,7 +181,11 @@ def _content(content: Any, role: str, place: str) -> Any:
 
 
 def _sharegpt_call(content: str) -> dict[str, Any]:
-    """Return the message for a ShareGPT `function_call`, with tool calls if it is JSON of calls."""
+    """Return the assistant's message for a ShareGPT `function_call`.
+
+    The message has `tool_calls` if the content is a call or a list of calls as JSON, where a call
+    is an object with a `name`. Otherwise the message has the content unchanged.
+    """
     try:
         calls = json.loads(content)
     except ValueError:

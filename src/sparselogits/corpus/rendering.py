@@ -340,7 +340,7 @@ class _BoundTemplate:
         return text, [(start, stop) for start, stop in blocks[0] if start < stop <= len(text)]
 
     def attempt(self, messages: Sequence[Message], *, opened: bool = False) -> str | None:
-        """Return the rendering of messages; None if the template cannot render them."""
+        """Return the result of `text`; None if the template cannot render the messages."""
         if not messages and not opened:
             return ""
         with suppress(RenderError):

@@ -216,7 +216,7 @@ class TokenBytes:
 
     @cached_property
     def crosses_spaces(self) -> bool:
-        """Whether any token has white space after another character, as in "of the"."""
+        """Whether any token has ASCII white space after a non-space character, as in "of the"."""
         return any(re.search(rb"\S\s", own) for own in self.bytes_of)
 
     @cached_property

@@ -28,7 +28,10 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocu
 """Names of tokens that end a document, most common first."""
 
 BATCH_SECONDS = 30
-"""Maximum time to tokenise a batch of about a megabyte, in seconds; a second is typical."""
+"""Maximum time to tokenise a batch of about a megabyte, in seconds; a second is typical.
+
+The batch fails once both its wall time and the processor time of the process exceed this limit.
+"""
 
 
 class Encoded(NamedTuple):

@@ -304,7 +304,7 @@ def over_seeds(
     side_by_side = units.transpose(0, 1).flatten(1)
 
     def values(summed: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute numerators and denominators from sums [R, S * C], each float64 [R, S]."""
+        """Compute numerators and denominators, float64 [R, S] each, from sums [R, S * C]."""
         own = torch.split(summed, sums, 1)
         above = torch.stack([statistic(one) for one in own], 1)
         if denominator is None:

@@ -91,7 +91,7 @@ class TopP(_Head):
     title = "Top-P"
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Select up to `max_entries` tokens, until their mass reaches p; see `Sampler.draw`."""
+        """Select the likeliest tokens until their mass reaches p, at most `max_entries` of them."""
         return _select(logits, first_position, self.max_entries, until=self.p)
 
 

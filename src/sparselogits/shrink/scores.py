@@ -205,9 +205,10 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
 def _output_projections(
     layout: Layout, modules: dict[str, nn.Module], size: str
 ) -> list[tuple[str, int, int]]:
-    """Return (name, input dimension, block) of each linear layer whose inputs depend on a size.
+    """Return (name, dimension, block) of each linear layer whose inputs depend on a size.
 
-    The block is -1 for a layer outside of the blocks.
+    The dimension, 0 or 1, is that of the layer's weight along which the inputs are summed. The
+    block is the index of the layer's block; -1 for a layer outside of the blocks.
     """
     found = []
     for name, dimensions in layout.dimensions.items():

@@ -20,7 +20,7 @@ _ORDERS: tuple[Order, ...] = ("concatenated", "interleaved")
 _TOLERANCE = 1e-3
 """Largest difference of logits that is attributed to float32 rounding.
 
-It is relative to the largest magnitude of a logit, or to 1 if that is larger.
+The value is relative to the largest magnitude of a logit; absolute if all magnitudes are below 1.
 """
 
 
@@ -87,8 +87,9 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
         slicer: retained indices of its tensors.
 
     Raises:
-        ShrinkError: If the tensors do not have the shapes that the layout predicts, or a smaller
-            hidden size changes the output of the embedding by more than a factor.
+        ShrinkError: If the tensors do not have the shapes that the layout predicts, or the output
+            of the embedding for a smaller hidden size is not a constant multiple of that of the
+            larger model.
     """
     from transformers.initialization import no_init_weights
 

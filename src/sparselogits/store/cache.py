@@ -240,6 +240,7 @@ class Cache:
         Raises:
             CacheError: two shards overlap.
             CacheCorruptionError: a shard is damaged.
+            StorageError: the cache cannot be reached.
         """
         return self.statistics_by_text([])[0]
 
@@ -253,6 +254,7 @@ class Cache:
         Raises:
             CacheError: two shards overlap.
             CacheCorruptionError: a shard is damaged.
+            StorageError: the cache cannot be reached.
         """
         shards = {}
         for shard_range in self.finished():

@@ -417,7 +417,7 @@ def training_argument_names() -> tuple[str, ...]:
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the settings in a recipe.json of this or an earlier version to this version's."""
+    """Convert settings from a recipe.json of this or an earlier version to the current keys."""
     new = {RENAMED.get(name, name): value for name, value in values.items() if name != "trainer"}
     if "precision" in values:
         new["bf16"] = values["precision"] == "bfloat16"

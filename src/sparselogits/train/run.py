@@ -302,7 +302,7 @@ def save_untrained(recipe: Recipe) -> RunResult:
     If the recipe quantises the student, the weights are rounded (post-training quantisation).
 
     Args:
-        recipe: the recipe; settings of training have no effect.
+        recipe: the recipe; settings of training appear in the model card only.
 
     Returns:
         A result with 0 steps.

@@ -2,7 +2,7 @@
 
 The calling process sends the next range to each idle actor. If the cluster lacks resources for some
 actors, they start when machines join. If an actor dies, the range is computed again, if necessary
-by a new actor.
+by a new actor; the build fails at failure number `TRIES` on the same range.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Span:
     size: int
     """Approximate size of the range in bytes, for progress and for division into portions."""
     document: int = 0
-    """Offset at which the document at `start` begins (text only)."""
+    """Byte offset in the file at which the document at `start` begins (text only)."""
 
 
 @dataclass(frozen=True)

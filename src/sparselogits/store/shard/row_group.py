@@ -56,8 +56,9 @@ def require_pages(
 ) -> None:
     """Validate that each column of a row group is one data page of known encoding and bounded size.
 
-    The row group consists of the bytes `data` from byte `first` of the file on; `length` is the
-    number of tokens per window.
+    `data` contains the bytes of the row group, and `first` is the offset of `data` in the file; at
+    offset 0, the columns follow the file's magic number. `length` is the number of tokens per
+    window.
 
     Raises:
         DamageError: a page is invalid.

@@ -58,7 +58,8 @@ class VerifyReport:
 
     Args:
         shards: one report per shard, in window order.
-        missing: ranges of windows that no shard contains.
+        missing: ranges of windows that no shard contains, up to the argument `stop` of `verify`, or
+            up to the end of the last shard without `stop`.
     """
 
     shards: tuple[ShardReport, ...]
