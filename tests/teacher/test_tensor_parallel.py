@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparselogits.caching import CacheRequest, build_caches
-from sparselogits.cli.role import build_role
+from sparselogits.caching.plan import WHOLE
+from sparselogits.cli.role import BuildRole, build_role
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.samplers import Systematic
@@ -18,7 +19,7 @@ from tests.conftest import run_python
 TOKENS = torch.arange(60).reshape(3, 20) * 17 % 500
 
 SCRIPT = """
-import sys
+import sys, warnings
 import numpy as np, torch, torch.distributed as dist
 from sparselogits.cli import main
 from sparselogits.teacher import check_engine, load_teacher
@@ -36,6 +37,10 @@ if dist.get_rank():
 else:
     with Leader(engine) as leader:
         check_engine(leader, tokens)
+        limit = leader.model.config.max_position_embeddings
+        with warnings.catch_warnings(record=True) as warned:
+            leader.check_window(limit + 1)  # a pass, in which every rank must take part
+        leader.check_padding()
         next(leader.logits(tokens)).logits  # a pass of which the rest is not wanted
         found = {
             "plain": torch.cat([piece.logits for piece in leader.logits(tokens)]),
@@ -43,6 +48,7 @@ else:
             "identity": leader.identity,
             "sliced": engine.head is not None,
             "held": held,
+            "warned": [str(each.message) for each in warned],
         }
     torch.save(found, out)
 sys.argv[1:] = command
@@ -68,6 +74,7 @@ def test_two_ranks_are_the_whole_teacher(tmp_path, teacher_folder, tokenizer, te
         expected = torch.cat([piece.logits for piece in whole.logits(TOKENS, where)])
         torch.testing.assert_close(found[name], expected, msg=name)
     assert found["identity"] == whole.identity
+    assert "longer than" in found["warned"][0]
     assert found["sliced"], "the head runs over slices of positions"
     assert found["held"] < 0.6 * sum(p.numel() for p in whole.model.parameters())
 
@@ -102,3 +109,8 @@ def test_a_split_teacher_needs_torchrun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InvalidArgumentError, match="torchrun"):
         build_role("local", None, None, None, "cpu", split=True)
+
+
+def test_only_the_first_rank_of_a_split_teacher_prints_the_source():
+    assert BuildRole("auto", WHOLE, rank=0).is_first
+    assert not BuildRole("auto", WHOLE, rank=1).is_first

@@ -38,8 +38,8 @@ class BuildRole:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process packs the text and creates the cache; also true if it `follows`."""
-        return self.share.index == 0
+        """Whether this process packs the text and creates the cache."""
+        return self.share.index == 0 and not self.follows
 
     @property
     def follows(self) -> bool:
