@@ -29,11 +29,13 @@ def no_weights(monkeypatch) -> None:
 def places(tmp_path_factory, teacher_folder, text, cache) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("first")
     tiny_llama(seed=3).save_pretrained(root / "student")
-    (root / "other").mkdir()
+    tiny_llama(seed=3).save_pretrained(root / "fresh")
+    tiny_llama(seed=3).save_pretrained(root / "other/fresh")
     (root / "other/thesis.tex").write_text("years of work")
     (root / "latin.txt").write_bytes("Se\xf1or, the text.\n".encode("latin-1") * 400)
     (root / "short.txt").write_text("Hardly a window of text.")
     found = {path.stem: path for path in root.iterdir()}
+    found["again"] = root / "other/fresh"
     return found | {"teacher": teacher_folder, "text": text, "cache": cache}
 
 
@@ -75,6 +77,11 @@ MISTAKES = {
     "eval {student} --cache {cache} --teacher /no/teacher": ("no model folder", "give a folder"),
     "gradients {student} --teacher {teacher} --data {latin}": ("byte 0xf1", "iconv"),
     "gradients {student} --teacher {teacher} --data {short}": ("too short", "--window"),
+    "gradients {fresh} --fresh --teacher {teacher} --data {text}": ("named fresh", "rename"),
+    "gradients {fresh} {again} --teacher {teacher} --data {text}": (
+        "the same folder name",
+        "rename",
+    ),
     "compare {latin_recipe}": ("byte 0xf1", "iconv"),
     "compare {short_recipe}": ("too short", "--window"),
     "view {cache} --window 999999 --student {student} --teacher {teacher}": ("999999", "window"),

@@ -126,7 +126,7 @@ def gradients(
         separator_id=separator_id,
         reset_attention=tokenized_by is not None and not join_rows,  # a row may have several texts
     )
-    _require_students(students)
+    _require_students(students, fresh)
     masked = names_masked_model(teacher)
     hides = masked_objective(
         tokenizer, masked=masked, rate=mask_rate, units=mask_units, span=mask_span, seed=seed
@@ -204,12 +204,20 @@ def gradients(
     print_next("cache", *given)
 
 
-def _require_students(names: Sequence[str]) -> None:
-    """Check that students given as paths exist, and that the last parts of the names differ."""
+def _require_students(names: Sequence[str], fresh: bool) -> None:
+    """Check that students given as paths exist, and that the last parts of the names differ.
+
+    With `fresh`, the name "fresh" is that of the copy with random weights.
+    """
     from sparselogits.teacher.loading import locate_model
 
     for name in names:
         locate_model(name)
+    if fresh and "fresh" in (Path(name).name for name in names):
+        raise InvalidArgumentError(
+            "a student's folder is named fresh, which is the name of the copy with random weights "
+            "(--fresh); rename the folder"
+        )
     if len({Path(name).name for name in names}) < len(names):
         raise InvalidArgumentError(
             f"two students have the same folder name, found {names}; rename one of the folders"
