@@ -271,6 +271,19 @@ def test_a_bad_answer_of_a_server_is_named(tmp_path, tokenizer, case):
         import_collected(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "c", vocab_size=V, k=2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input_ids": [5, 6, True]}, "token ids are not all whole numbers"),
+        ({"topk_ids": [[1, 2], [3, True], []]}, "ids are not all whole numbers"),
+        ({"topk_logprobs": [[-1.0, -2.0], [False, -20.0], []]}, "logprobs are not all numbers"),
+    ],
+)
+def test_booleans_are_no_numbers(changes, said):
+    with pytest.raises(InvalidTargetsError, match=f"here: {said}"):
+        read_row(GOOD | changes, lambda: "here", V, 2)
+
+
 def test_what_is_there_is_left_alone(tmp_path, tokenizer, imported):
     with pytest.raises(InvalidArgumentError, match="not empty"):
         import_collected(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "c", vocab_size=V)
@@ -283,6 +296,8 @@ def test_what_is_there_is_left_alone(tmp_path, tokenizer, imported):
         ({"vocab_size": 100}, InvalidArgumentError, "more than the vocabulary size of 100"),
         ({"vocab_size": V, "window": 5000}, CorpusError, "too few for a window of 5000"),
         ({"vocab_size": V, "out": "s3://there/c"}, CacheError, "is a URL"),
+        ({"vocab_size": V, "window": 0}, InvalidArgumentError, "window.*0"),
+        ({"vocab_size": V, "k": 0}, InvalidArgumentError, "k.*0"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, tokenizer, arguments, kind, said):

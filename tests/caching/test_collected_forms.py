@@ -252,6 +252,9 @@ def test_lists_of_probabilities_are_read(tmp_path, tokenizer):
     rows[1]["exp_logits"][3] = [-0.5, *[0.1] * (K - 1)]
     with pytest.raises(InvalidTargetsError, match=r"smallest is -0\.5; expected numbers from 0"):
         imported(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "d", tokenizer)
+    rows[1]["exp_logits"][3] = ["0.05"] * K
+    with pytest.raises(InvalidTargetsError, match="line 2: exp_logits are not all numbers"):
+        imported(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "d", tokenizer)
 
 
 def test_logits_without_a_normaliser_are_refused_or_taken_for_all(tmp_path, tokenizer):
@@ -309,7 +312,7 @@ def test_the_older_packing_is_refused(tmp_path, tokenizer):
         ({"compressed_logprobs": [[0] * 48] * 5}, "32 tokens, but 5 positions with values and 31 "),
         ({"compressed_logprobs": [[0] * 47] * 31}, "47 to 47 bytes per position"),
         ({"compressed_logprobs": [[256] * 48] * 31}, "values other than bytes"),
-        ({"compressed_logprobs": [["x"] * 48] * 31}, "values other than bytes"),
+        ({"compressed_logprobs": [["7"] * 48] * 31}, "compressed_logprobs are not all whole"),
         ({"compressed_logprobs": 7}, "is not a list of lists"),
         ({"compressed_logprobs": [[255] * 48] * 31}, "has the logprob nan"),
         ({"bytepacked_indices": [[255] * 15] * 31}, "is outside the vocabulary|more than once"),

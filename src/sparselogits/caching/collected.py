@@ -140,8 +140,8 @@ def import_collected(
     first = next(rows, None)
     if first is None:
         raise CorpusError(f"{data} contains no rows; give files with Top-K logprobs")
-    sampler = TopK(k or entries_per_position(first.values, first.where))
-    length = window or tokens_of(first.values, first.where)
+    sampler = TopK(entries_per_position(first.values, first.where) if k is None else k)
+    length = tokens_of(first.values, first.where) if window is None else window
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
     packing = packing_for(tokenizer, window_length=length, reset_attention=window is not None)
     described = packing.to_json()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from sparselogits.caching.collected_rows import MASS_TOLERANCE, fail
+from sparselogits.caching.collected_rows import MASS_TOLERANCE, as_numbers, fail
 from sparselogits.corpus.records import Where
 from sparselogits.errors import CorpusError, InvalidTargetsError
 from sparselogits.safe_yaml import read_mapping
@@ -331,10 +332,7 @@ def _rows(values: Mapping[str, Any], name: str, where: Where) -> list[list[Any]]
 
 def _floats(row: list[Any], name: str, where: Where) -> NDArray[np.float64]:
     """Convert a list from a column to a float array. Raises InvalidTargetsError."""
-    try:
-        return np.array(row, np.float64)
-    except (TypeError, ValueError):
-        fail(where, f"{name} contains values other than numbers; expected lists of numbers")
+    return as_numbers(row, "fiu", name, where).astype(np.float64)
 
 
 def _byte_rows(values: Mapping[str, Any], name: str, size: int, where: Where) -> NDArray[np.uint8]:
@@ -348,10 +346,8 @@ def _byte_rows(values: Mapping[str, Any], name: str, size: int, where: Where) ->
             "according to the settings",
             "Give the settings with which the data were written",
         )
-    try:
-        numbers = np.array(rows, np.int64).reshape(len(rows), size)
-    except (TypeError, ValueError, OverflowError):
-        numbers = np.array([[-1]])
+    flat = list(chain.from_iterable(rows))
+    numbers = as_numbers(flat, "iu", name, where).reshape(len(rows), size)
     if numbers.size and not (0 <= numbers.min() <= numbers.max() < 256):
         fail(where, f"{name} contains values other than bytes; expected 0 to 255")
     return numbers.astype(np.uint8)

@@ -113,15 +113,15 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
         InvalidTargetsError: the row is invalid; the message contains the file and the row.
     """
     raw, id_rows, log_rows = _parts(record, where)
-    tokens = _numbers(raw, "iu", "token ids", where)
+    tokens = as_numbers(raw, "iu", "token ids", where)
     _require_ids(tokens, vocab_size, "token id", where)
     lengths = np.array([len(row) for row in id_rows], np.int64)
     for position, row in enumerate(log_rows):
         if len(row) != lengths[position]:
             found = f"position {position} has {lengths[position]} ids and {len(row)} logprobs"
             fail(where, f"{found}; expected equal numbers")
-    ids = _numbers(list(chain.from_iterable(id_rows)), "iu", "ids", where)
-    logs = _numbers(list(chain.from_iterable(log_rows)), "fiu", "logprobs", where)
+    ids = as_numbers(list(chain.from_iterable(id_rows)), "iu", "ids", where)
+    logs = as_numbers(list(chain.from_iterable(log_rows)), "fiu", "logprobs", where)
     owner = np.repeat(np.arange(len(tokens)), lengths)
     wrong = np.flatnonzero(~(logs <= 0))  # NaN included
     if len(wrong):
@@ -225,7 +225,7 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
     return value
 
 
-def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
+def as_numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
     """Convert numbers to an array, whose `dtype.kind` must be one of the characters in `kinds`.
 
     Raises InvalidTargetsError if the array has another kind.
@@ -236,7 +236,8 @@ def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
         array = np.array(values)
     except (ValueError, OverflowError):
         array = np.array([None])
-    if array.ndim != 1 or array.dtype.kind not in kinds:
+    mixed = bool in set(map(type, values))  # NumPy converts booleans among numbers to 0 and 1
+    if mixed or array.ndim != 1 or array.dtype.kind not in kinds:
         whole = "whole " if kinds == "iu" else ""
         fail(where, f"{what} are not all {whole}numbers")
     return array
