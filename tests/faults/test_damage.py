@@ -4,6 +4,7 @@
 .venv/bin/pytest tests/faults/test_damage.py -m slow    10 000 flips
 """
 
+import errno
 import itertools
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 
 from sparselogits.errors import CacheCorruptionError
 from sparselogits.store import Cache, verify
+from sparselogits.store.shard.reader import Shard
 from tests.faults.builds import build
 from tests.store.draws import KINDS, identity, records
 
@@ -117,6 +119,26 @@ def test_a_shard_that_vanishes_is_named(tmp_path):
     path.unlink()
     with pytest.raises(CacheCorruptionError, match=NAME):
         cache.read(0)
+
+
+@pytest.mark.parametrize("what", ["removed", "unreadable"])
+def test_an_open_shard_that_cannot_be_read_is_named(tmp_path, monkeypatch, what):
+    path = shard(tmp_path, "counts")
+    cache = Cache.open(tmp_path)
+    cache.read(0)
+    opened = Shard(cache.storage, f"shards/{path.name}", cache.identity)
+    if what == "removed":
+        path.unlink()
+    else:
+        monkeypatch.setattr(os, "pread", _bad_sector)
+    with pytest.raises(CacheCorruptionError, match=NAME):
+        cache.read(19)
+    with pytest.raises(CacheCorruptionError, match=NAME):
+        opened.read_bytes()
+
+
+def _bad_sector(*_: object) -> bytes:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 @pytest.mark.parametrize("when", [0, 2**33])

@@ -196,15 +196,16 @@ class Shard:
         """Return the content of the file; row groups are verified with the guard and not decoded.
 
         Raises:
-            CacheCorruptionError: a row group is damaged, or the size of the file has changed.
+            CacheCorruptionError: the file cannot be read, its size has changed, or a row group is
+                damaged.
         """
-        data = self._storage.read(self.name)
         try:
+            data = self._storage.read(self.name)
             if len(data) != self.size:
                 raise DamageError(f"found {len(data)} bytes, expected {self.size}")
             for group, (first, length, _) in enumerate(self._guard.ranges):
                 self._guard.require(group, data[first : first + length])
-        except DamageError as error:
+        except (DamageError, OSError) as error:
             raise self._damaged("pages", error) from error
         return data
 
@@ -294,8 +295,8 @@ class Shard:
         """Read and validate a row group without decoding its targets."""
         first, length, _ = self._guard.ranges[group]
         first_window = self.start + group * ROWS_PER_GROUP
-        data = self._storage.read(self.name, first, first + length)
         try:
+            data = self._storage.read(self.name, first, first + length)
             self._guard.require(group, data)
             window_length = self._identity.window_length
             described = self.metadata.row_group(group)
