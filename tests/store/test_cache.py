@@ -1,9 +1,12 @@
 """Test the cache as a whole: committed windows are read back in order, bit for bit."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
+import pathlib
+from typing import NoReturn
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,11 +19,13 @@ from sparselogits.errors import (
     CacheError,
     IdentityMismatchError,
     InvalidTargetsError,
+    StorageError,
 )
 from sparselogits.files import temporary_name
 from sparselogits.store import Cache, verify
 from sparselogits.store.cache import same_record
 from sparselogits.store.shard.writer import METADATA_KEY
+from sparselogits.store.storage.local import LocalStorage
 from tests.faults.forge import Shard
 from tests.store.draws import KINDS, identity, record, records
 
@@ -100,6 +105,19 @@ def test_no_cache_and_a_damaged_one(tmp_path):
     (tmp_path / "cache.json").write_text(edited)
     with pytest.raises(CacheCorruptionError, match="fingerprint"):
         Cache.open(tmp_path)
+
+
+def test_a_folder_without_permission_is_no_missing_cache(tmp_path, monkeypatch):
+    Cache.create(tmp_path, identity())
+
+    def denied(path: object, **_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "stat", denied)
+    monkeypatch.setattr(os, "scandir", denied)
+    for ask in (Cache.exists, lambda root: Cache(LocalStorage(root), identity()).finished()):
+        with pytest.raises(StorageError, match=r"Permission denied.*does not mean that the data"):
+            ask(tmp_path)
 
 
 def test_temporaries_of_the_dead_are_removed_and_others_kept(tmp_path):

@@ -28,7 +28,7 @@ from sparselogits.files import (
 from sparselogits.untrusted import NotRegularError, open_regular
 
 _UNREACHABLE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
-"""Error numbers of `open` that do not mean that the file is missing or damaged."""
+"""Error numbers that do not mean that the file is missing or damaged."""
 
 
 class LocalStorage:
@@ -48,14 +48,17 @@ class LocalStorage:
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the files and folders in a folder, without temporary ones."""
         try:
-            with os.scandir(self.root / folder) as entries:
+            path = self.root / folder
+            with _access_errors(path), os.scandir(path) as entries:
                 return sorted(e.name for e in entries if not e.name.startswith(TEMPORARY_PREFIX))
         except FileNotFoundError:
             return []
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""
-        return (self.root / name).stat().st_size
+        path = self.root / name
+        with _access_errors(path):
+            return path.stat().st_size
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file; see `ReadableFiles.read`."""
@@ -113,24 +116,32 @@ class LocalStorage:
     def _opened(self, name: str) -> Iterator[int]:
         """Open a regular file; yield its descriptor."""
         path = self.root / name
-        try:
-            descriptor = open_regular(path)
-        except NotRegularError as error:
-            raise CacheCorruptionError(
-                f"{path}: {error.strerror}. Move it away, then build its windows again or restore "
-                "it from a copy"
-            ) from error
-        except OSError as error:
-            if error.errno in _UNREACHABLE:
-                raise StorageError(
-                    f"cannot open {path}: {error.strerror}. This does not mean that the data is "
-                    "damaged: check permissions and the limit of open files, then try again"
+        with _access_errors(path):
+            try:
+                descriptor = open_regular(path)
+            except NotRegularError as error:
+                raise CacheCorruptionError(
+                    f"{path}: {error.strerror}. Move it away, then build its windows again or "
+                    "restore it from a copy"
                 ) from error
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _access_errors(path: Path) -> Iterator[None]:
+    """Convert errors with a number in `_UNREACHABLE` within a block to `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNREACHABLE:
             raise
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+        raise StorageError(
+            f"cannot access {path}: {error.strerror}. This does not mean that the data is damaged: "
+            "check permissions and the limit of open files, then try again"
+        ) from error
 
 
 def _write_synced(path: Path, data: bytes) -> None:
