@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 from typing import NoReturn
 
 import numpy as np
@@ -95,6 +96,15 @@ def test_overlapping_shards_are_refused(tmp_path):
     cache.commit(records("counts", 4, 12), {})
     with pytest.raises(CacheError, match="overlap"):
         cache.finished()
+
+
+def test_a_file_whose_name_is_no_range_is_no_shard(tmp_path):
+    cache = Cache.create(tmp_path, identity())
+    path = cache.commit(records("counts", 0, 8), {})
+    for start, stop in ((10, 3), (12, 12)):
+        shutil.copy(path, path.parent / f"windows-{start:012d}-{stop:012d}.parquet")
+    assert cache.finished() == [(0, 8)]
+    assert len(cache) == 8
 
 
 def test_no_cache_and_a_damaged_one(tmp_path):

@@ -47,7 +47,7 @@ def listed_ranges(names: Iterable[str]) -> list[Range]:
         CacheError: two shards overlap.
     """
     matches = filter(None, map(_NAME.fullmatch, names))
-    ranges = sorted((int(m[1]), int(m[2])) for m in matches)
+    ranges = sorted((int(m[1]), int(m[2])) for m in matches if int(m[1]) < int(m[2]))
     for before, after in pairwise(ranges):
         if after[0] < before[1]:
             raise CacheError(
