@@ -170,6 +170,13 @@ def test_any_parquet_reader_sees_the_windows(tmp_path):
     assert table["mask"][2].as_py() == record("counts", 2).present().tolist()
 
 
+def test_a_mask_of_another_length_is_refused_in_a_masked_cache(tmp_path):
+    written = record("masked-counts", 0)
+    bad = dataclasses.replace(written, mask=written.present()[:-1])
+    with pytest.raises(InvalidTargetsError, match=r"mask is not a bool array of shape \(64,\)"):
+        Cache.create(tmp_path, identity("masked-counts")).commit([bad], {})
+
+
 @pytest.mark.parametrize("part", ["tokens", "document_starts", "mask"])
 def test_records_that_do_not_fit_are_refused(tmp_path, part):
     cache = Cache.create(tmp_path, identity())

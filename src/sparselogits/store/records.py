@@ -111,7 +111,9 @@ class WindowRecord:
     def _input_is_sound(self) -> bool:
         """Return whether inputs and rate are valid for a masked objective."""
         inputs, mask, rate = self.inputs, self.mask, self.rate
-        if inputs is None or mask is None or rate is None or inputs.shape != self.tokens.shape:
+        if inputs is None or mask is None or rate is None:
+            return False
+        if not inputs.shape == mask.shape == self.tokens.shape or mask.dtype != np.bool_:
             return False
         inside = inputs[mask]
         return (
