@@ -1,17 +1,24 @@
 """Test the bounded copy: never above its limit, recently used files remain."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
+from sparselogits.store import Cache
+from sparselogits.store.cache import same_record
 from sparselogits.store.storage.copy_folder import CopyFolder
+from sparselogits.store.storage.local import LocalStorage
+from sparselogits.store.storage.local_copy import LocalCopy
+from tests.store.draws import identity, record
 
 
 def held(path: Path) -> int:
@@ -92,6 +99,24 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     with pytest.warns(SparseLogitsWarning, match="cannot store a copy"):
         folder.put("s3://x", "a", b"1")
     assert folder.get("s3://x", "a") is None
+
+
+def test_a_damaged_copy_in_a_folder_that_is_read_only_is_bypassed(tmp_path, monkeypatch):
+    written = [record("counts", window) for window in range(20)]
+    Cache.create(tmp_path / "c", identity()).commit(written, {})
+    storage = LocalCopy(LocalStorage(tmp_path / "c"), CopyFolder(tmp_path / "copy"))
+    for window in range(20):
+        Cache.open(storage).read(window)
+    for path in (tmp_path / "copy").glob("*/*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    def read_only(path: Path, **_: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    cache = Cache.open(storage)
+    for window in (0, 1, 19, 8):
+        assert same_record(cache.read(window), written[window])
 
 
 def test_where_and_how_much(tmp_path, monkeypatch):

@@ -118,7 +118,11 @@ class CopyFolder:
             )
 
     def drop(self, location: str, prefix: str) -> bool:
-        """Remove the copies of all keys with a prefix; return whether there were any."""
+        """Remove the copies of all keys with a prefix; return whether there were any.
+
+        Raises:
+            OSError: a copy cannot be removed, as from a read-only folder.
+        """
         found = list(self._path(location, "").glob(f"{_escaped(prefix)}*"))
         for path in found:
             path.unlink(missing_ok=True)

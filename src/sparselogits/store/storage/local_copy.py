@@ -24,6 +24,7 @@ class LocalCopy:
     def __init__(self, storage: Storage, folder: CopyFolder) -> None:
         self.storage = storage
         self.folder = folder
+        self._bypassed: set[str] = set()  # files whose copies must not be used but remain
 
     @property
     def location(self) -> str:
@@ -44,7 +45,7 @@ class LocalCopy:
         Only ranges of shards are copied, so that a new cache at the same URL is detected by its
         cache.json.
         """
-        if stop is None or not name.startswith(f"{SHARDS}/"):
+        if stop is None or not name.startswith(f"{SHARDS}/") or name in self._bypassed:
             return self.storage.read(name, start, stop)
         key = f"{name}@{start}-{stop}"
         data = self.folder.get(self.location, key)
@@ -55,6 +56,8 @@ class LocalCopy:
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
         """Return a file's size in bytes and its last `length` bytes, from a copy if one exists."""
+        if name in self._bypassed:
+            return self.storage.tail(name, length)
         key = f"{name}@tail-{length}"
         copy = self.folder.get(self.location, key)
         if copy is not None and len(copy) >= _SIZE.size:
@@ -82,5 +85,13 @@ class LocalCopy:
         return self.storage.clean(folder)
 
     def forget(self, name: str) -> bool:
-        """Drop all copies of a file; return whether there were any."""
-        return self.folder.drop(self.location, f"{name}@")
+        """Drop all copies of a file, or bypass them if the folder is read-only.
+
+        Returns:
+            Whether there were any.
+        """
+        try:
+            return self.folder.drop(self.location, f"{name}@")
+        except OSError:
+            self._bypassed.add(name)
+            return True
