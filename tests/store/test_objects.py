@@ -157,6 +157,13 @@ def test_urls_of_other_kinds():
         Cache.open("carrier-pigeon://loft/c")
 
 
+@pytest.mark.parametrize("wrong", ["abc", ""])
+def test_a_number_of_attempts_that_is_no_number_is_refused_by_name(monkeypatch, wrong):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", wrong)
+    with pytest.raises(InvalidArgumentError, match=f"AWS_MAX_ATTEMPTS='{wrong}'"):
+        Cache.open("s3://bucket/c")
+
+
 def _first_tokens(batch: list[dict[str, torch.Tensor]]) -> list[list[int]]:
     return [window["input_ids"].tolist() for window in batch]
 

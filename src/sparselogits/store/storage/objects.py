@@ -65,7 +65,8 @@ class ObjectStorage:
         options: options of the driver.
 
     Raises:
-        InvalidArgumentError: fsspec has no driver for the scheme of the URL.
+        InvalidArgumentError: fsspec has no driver for the scheme of the URL, or AWS_MAX_ATTEMPTS is
+            not a number.
         MissingDependencyError: the driver of the URL is not installed.
     """
 
@@ -271,9 +272,15 @@ def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     defaults: dict[str, Any] = {}
     if scheme in ("s3", "s3a"):
+        attempts = os.environ.get("AWS_MAX_ATTEMPTS", str(_ATTEMPTS)).strip()
+        if not attempts.isdecimal():
+            raise InvalidArgumentError(
+                f"AWS_MAX_ATTEMPTS={attempts!r} is not a number of attempts; give an integer, such "
+                f"as {_ATTEMPTS}, or remove the variable"
+            )
         retries = {
             "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
-            "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
+            "max_attempts": int(attempts),
         }
         # fsspec shares one driver among equal options, so the endpoint must be an option
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
