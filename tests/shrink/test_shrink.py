@@ -191,6 +191,7 @@ def test_tied_embeddings_stay_tied_and_lists_per_block_are_shortened():
     ("wanted", "message"),
     [
         ({}, "nothing to prune"),
+        ({"drop_layers": ()}, "nothing to prune"),
         ({"layers": 4}, "from 1 to the teacher's 3"),
         ({"layers": 2, "drop_layers": (1,)}, "give only one of them"),
         ({"drop_layers": (3,)}, "from 0 to 2"),
@@ -206,6 +207,11 @@ def test_sizes_the_model_cannot_have_are_refused(wanted, message):
 def test_calibration_windows_are_asked_for():
     with pytest.raises(InvalidArgumentError, match="calibration windows"):
         shrink(model_of("llama"), layers=2)
+
+
+def test_a_score_that_does_not_exist_is_refused():
+    with pytest.raises(InvalidArgumentError, match="layer_score='foo'; give influence, loss or"):
+        shrink(model_of("llama"), layers=2, windows=tokens(), layer_score="foo")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -87,7 +87,8 @@ def shrink(
     Raises:
         ShrinkError: If no size or an invalid one is given, or the structure of the model, or its
             pruning to these sizes, is not supported.
-        InvalidArgumentError: If calibration windows are required, but missing or not [N, L].
+        InvalidArgumentError: If calibration windows are required, but missing or not [N, L], or
+            `layer_score` is unknown.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,10 +100,15 @@ def shrink(
         >>> student.config.num_hidden_layers
         2
     """
+    if layer_score not in get_args(LayerScore):
+        raise InvalidArgumentError(
+            f"layer_score={layer_score!r}; give influence, loss or spaced as the rule that selects "
+            "blocks"
+        )
     layout = layout_of(model)
     target = ShrinkTarget(layers, drop_layers, channels, heads, hidden)
     target = target.require_possible(layout, type(model).__name__)
-    if target == ShrinkTarget():
+    if replace(target, drop_layers=target.drop_layers or None) == ShrinkTarget():
         raise ShrinkError("nothing to prune: give layers, drop_layers, channels, heads or hidden")
     total = layout.sizes.layers
     if layer_score == "spaced" and target.layers is not None:
