@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.lab.tasks import write_tasks
 from sparselogits.shrink import layer_influence, layer_losses, shrink
-from sparselogits.shrink.layout import layout_of
+from sparselogits.shrink.layout import layout_of, sizes_of
 from tests.conftest import run_python, tiny_llama, write_lines
 
 V = 97
@@ -212,6 +212,16 @@ def test_calibration_windows_are_asked_for():
 def test_a_score_that_does_not_exist_is_refused():
     with pytest.raises(InvalidArgumentError, match="layer_score='foo'; give influence, loss or"):
         shrink(model_of("llama"), layers=2, windows=tokens(), layer_score="foo")
+
+
+def test_a_size_per_layer_is_refused_by_name():
+    config = transformers.Gemma3nTextConfig(
+        intermediate_size=[16, 24], num_hidden_layers=2, num_kv_shared_layers=0
+    )
+    with torch.device("meta"):
+        model = transformers.Gemma3nForCausalLM(config)
+    with pytest.raises(ShrinkError, match=r"Gemma3nForCausalLM: .*one size for all layers"):
+        sizes_of(model)
 
 
 @pytest.mark.parametrize(

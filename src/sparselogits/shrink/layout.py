@@ -113,7 +113,7 @@ def sizes_of(model: nn.Module) -> Sizes:
 
     Raises:
         ShrinkError: If the configuration lacks the number of blocks, the hidden size or the
-            number of heads; other sizes have defaults.
+            number of heads, or a size differs between blocks; other sizes have defaults.
     """
     config = text_config(model.config)
     try:
@@ -124,15 +124,17 @@ def sizes_of(model: nn.Module) -> Sizes:
             f"{type(model).__name__}: its configuration lacks num_hidden_layers, hidden_size or "
             "num_attention_heads, which pruning needs. Use a tool for its architecture"
         ) from error
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return Sizes(
-        layers=layers,
-        hidden=hidden,
-        channels=int(getattr(config, _channels_name(config), None) or 4 * hidden),
-        heads=heads,
-        groups=int(groups),
-        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-    )
+    try:
+        channels = int(getattr(config, _channels_name(config), None) or 4 * hidden)
+        groups = int(getattr(config, "num_key_value_heads", None) or heads)
+        head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    except TypeError as error:
+        raise ShrinkError(
+            f"{type(model).__name__}: {_channels_name(config)}, num_key_value_heads or head_dim in "
+            "its configuration is not a number. Pruning needs one size for all layers; use a tool "
+            "for its architecture"
+        ) from error
+    return Sizes(layers, hidden, channels, heads, groups, head_dim)
 
 
 def layout_of(model: nn.Module) -> Layout:
