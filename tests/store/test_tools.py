@@ -98,6 +98,7 @@ def test_a_sample_reads_less(tmp_path):
     report = verify(build(tmp_path, 0), sample=1)
     assert report.ok
     assert report.shards[0].checked == 8
+    assert verify(Cache.open(tmp_path), sample=0).shards[0].checked == 0
 
 
 def test_repair_sets_aside_and_the_next_build_fills(tmp_path):
@@ -131,6 +132,11 @@ def test_merge_copies_bytes_and_goes_on(tmp_path):
     name = "shards/windows-000000000020-000000000040.parquet"
     assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert merge([a, b], tmp_path / "c").copied == ()
+    flip(tmp_path / "c" / name, 5000)
+    report = merge([a, b], tmp_path / "c")
+    assert report.copied == ((20, 40),)
+    assert [old for old, _ in report.set_aside] == [name]
+    assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_merge_refuses_strangers_overlaps_and_damage(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from sparselogits.store.ranges import Range, shard_name
 from sparselogits.store.shard.guard import Guard, read_frame
 from sparselogits.store.shard.reader import Shard
 from sparselogits.store.storage.interface import Storage
+from sparselogits.store.storage.local import LocalStorage
 from sparselogits.store.storage.location import Location
 from sparselogits.store.texts import TextCheck, claim_text, named_texts
 from sparselogits.store.tools.repair import set_aside
@@ -44,7 +46,8 @@ def merge(
     several sources contain a range, only the first source's shard is copied. If the merged cache
     has a shard of the range already, that shard is kept if its checksums and footer equal the
     source's, or if it is sound. Otherwise it is moved aside and written again; a storage without
-    atomic writes may leave a damaged shard.
+    atomic writes may leave a damaged shard. The checksums of a kept shard are verified in a local
+    folder, but not at a URL, where the shard would have to be downloaded.
 
     Args:
         sources: at least one cache.
@@ -149,12 +152,18 @@ def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
 def _is_kept(source: Cache, target: Cache, windows: Range) -> bool:
     """Return whether the merged cache's shard equals the source's in guard and footer, or is sound.
 
+    The pages of a local shard must also match its checksums.
+
     Raises IdentityMismatchError if the shard is sound, but was built from another text.
     """
     name = shard_name(*windows)
     here, there = _frame(source.storage, name), _frame(target.storage, name)
     if there is not None and here == there:
-        return True
+        if not isinstance(target.storage, LocalStorage):
+            return True
+        with suppress(CacheCorruptionError):
+            Shard(target.storage, name, target.identity).read_bytes()
+            return True
     if not is_sound(target, windows):
         return False
     # sound shards of two machines may differ in low-order bits

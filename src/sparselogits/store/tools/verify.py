@@ -145,7 +145,7 @@ def _verify_shard(
             file = FilesInMemory({name: shard.read_bytes()}, cache.storage.location)
             shard = Shard(file, name, cache.identity)
         rows = []
-        for group in spread(shard.groups, sample or shard.groups):
+        for group in spread(shard.groups, shard.groups if sample is None else sample):
             for record in shard.read_group(group):
                 _require_sound(shard, record, cache)
                 rows.append(_totals(record))
