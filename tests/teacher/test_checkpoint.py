@@ -153,6 +153,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"model_type": "mixtral", "num_local_experts": 10**7}, "num_local_experts"),
         ({"model_type": "opt", "max_position_embeddings": 10**7}, "far larger"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers"),
+        ({"block_configs": [[{"num_layers": 10**9}]]}, "num_layers"),
         ({"vocab_size": "many"}, "could not be loaded"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     BertConfig,
@@ -22,6 +23,7 @@ from sparselogits.teacher.checkpoint import find_checkpoint
 from sparselogits.teacher.loading import (
     load_language_model,
     load_tokenizer,
+    module_fingerprint,
     token_mask,
     weights_fingerprint,
 )
@@ -71,6 +73,17 @@ def test_other_weights_have_another_fingerprint(teacher_folder: Path, tmp_path: 
         for folder in (teacher_folder, teacher_folder, tmp_path)
     )
     assert one == again != other
+
+
+def test_the_fingerprint_of_a_module_includes_scalars() -> None:
+    module = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
+    nn.init.zeros_(module[0].weight)
+    nn.init.ones_(module[0].bias)
+    kept = "sha256:f7fad050c78f43c81c07ae9dc74cf17fb5a386e1650a8425216ef010a2a12f9e"
+    assert module_fingerprint(module[0]) == kept  # without scalars, as in existing caches
+    before = module_fingerprint(module)
+    module[1].num_batches_tracked += 1
+    assert module_fingerprint(module) != before
 
 
 def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:

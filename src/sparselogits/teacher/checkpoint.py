@@ -466,17 +466,17 @@ def _configuration(found: Checkpoint) -> dict[str, Any]:
     return _read_json(path) if found.gguf is None and path.exists() else {}
 
 
-def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Yield (key, value) for each integer in the objects of a JSON value, except lists of lists."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _integers(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            if isinstance(inner, dict):
-                yield from _integers(inner, key)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield key, value
+def _integers(value: Any) -> Iterator[tuple[str, int]]:
+    """Yield (key, value) for each integer that is the value of a key in an object of JSON."""
+    waiting = [("", value)]  # not recursive, because JSON may be nested deeply
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, inner) for inner in value if isinstance(inner, dict | list))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield key, value
 
 
 @contextmanager
