@@ -47,6 +47,7 @@ def test_pruned_and_quantised_students(tiny, tmp_path):
     ("student", "message"),
     [
         ({"from": "teacher"}, "needs a size or a quantisation; give layers, drop_layers"),
+        ({"from": "teacher", "drop_layers": []}, "needs a size or a quantisation"),
         ({"from": "scratch", "layers": 2}, "teacher"),
         ({"from": "teacher", "layer": 2}, "layer: unknown key; did you mean 'layers'"),
         ({"layer": 2}, "layer: unknown key; did you mean 'layers'"),

@@ -224,7 +224,7 @@ class FromTeacher(_Strict):
     def pruned(self) -> bool:
         """Whether the student is pruned, that is, whether a size or `drop_layers` is given."""
         sizes = (self.layers, self.drop_layers, self.intermediate_size, self.heads)
-        return any(size is not None for size in (*sizes, self.hidden_size))
+        return any((*sizes, self.hidden_size))
 
 
 _STUDENT, _FROM_TEACHER = "(student)", "(student from the teacher)"
