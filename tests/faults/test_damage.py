@@ -10,11 +10,12 @@ import os
 import random
 import re
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow.parquet as pq
 import pytest
 
-from sparselogits.errors import CacheCorruptionError
+from sparselogits.errors import CacheCorruptionError, StorageError
 from sparselogits.store import Cache, verify
 from sparselogits.store.shard.reader import Shard
 from tests.faults.builds import build
@@ -135,6 +136,19 @@ def test_an_open_shard_that_cannot_be_read_is_named(tmp_path, monkeypatch, what)
         cache.read(19)
     with pytest.raises(CacheCorruptionError, match=NAME):
         opened.read_bytes()
+
+
+def test_a_network_file_system_that_is_gone_is_no_damage(tmp_path, monkeypatch):
+    shard(tmp_path, "counts")
+    cache = Cache.open(tmp_path)
+    cache.read(0)
+
+    def stale(*_: object) -> NoReturn:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(StorageError, match="does not mean that the data"):
+        cache.read(19)
 
 
 def _bad_sector(*_: object) -> bytes:
