@@ -102,6 +102,16 @@ MISTAKES = {
 }
 
 
+def test_a_split_of_records_without_splits():
+    records = [{"text": "a"}]
+    with pytest.raises(CorpusError, match="records have no split `test`"):
+        open_source(records, split="test")
+    given = Dataset.from_list(records, split="test")
+    assert list(open_source(given, split="test").documents()) == ["a"]
+    with pytest.raises(CorpusError, match="records have no split `valid`"):
+        open_source(given, split="valid")
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(tmp_path, mistake):
     records, said = MISTAKES[mistake]

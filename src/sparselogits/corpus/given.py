@@ -62,9 +62,15 @@ def chosen_split(records: Any, split: str) -> Any:
     """Return one split of a `DatasetDict` or other mapping; return any other object unchanged.
 
     Raises:
-        CorpusError: the split does not exist.
+        CorpusError: the split does not exist, or other records are neither `train` nor marked as
+            the split by an attribute `split`, as in `datasets`.
     """
     if not isinstance(records, Mapping):
+        if split not in ("train", getattr(records, "split", None)):
+            raise CorpusError(
+                f"the given records have no split `{split}`, because they are not divided; remove "
+                "split, or give the records of that split"
+            )
         return records
     if split not in records:
         names = ", ".join(map(str, records)) or "none"

@@ -70,11 +70,6 @@ class Source:
         return self.fields.completion_only or self.fields.tokens is not None
 
     @cached_property
-    def size(self) -> int:
-        """Total size of `files`, in bytes, without the further files of token formats."""
-        return sum(file.path.stat().st_size for file in self.files)
-
-    @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal sha256 of every file's relative name, format, size and content samples.
 
