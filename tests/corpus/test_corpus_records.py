@@ -104,6 +104,7 @@ def test_roles_of_sharegpt(tmp_path, tokenizer):
     call = {"name": "weather", "arguments": {"when": "today", "city": "Oslo"}}
     tool_call = {"type": "function", "function": call}
     turns = [("human", "Rain?"), ("function_call", json.dumps(call)), ("observation", "yes")]
+    turns.append(("function_call", "[]"))  # text, since it contains no call
     record = {
         "conversations": [
             {"from": role, "value": said} for role, said in [*turns, ("gpt", "Yes.")]
@@ -116,6 +117,7 @@ def test_roles_of_sharegpt(tmp_path, tokenizer):
         {"role": "user", "content": "Rain?"},
         {"role": "assistant", "content": "", "tool_calls": [tool_call]},
         {"role": "tool", "content": "yes"},
+        {"role": "assistant", "content": "[]"},
         {"role": "assistant", "content": "Yes."},
     ]
     tokenizer.chat_template = TOOLS
@@ -445,6 +447,19 @@ def test_a_hostile_template_costs_an_error(tmp_path, tokenizer, attack):
 def test_after_a_hostile_template_the_next_is_served(tmp_path, tokenizer):
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
     assert len(texts(path, tokenizer)) == 1
+
+
+def test_a_process_killed_in_the_middle_of_an_answer(tmp_path, tokenizer, monkeypatch):
+    program = (
+        "import os, signal, sys; sys.stdin.readline(); print('{}', flush=True); "
+        "sys.stdin.readline(); print('{\"text', end='', flush=True); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    monkeypatch.setattr(chat, "_PROGRAM", program)
+    chat.shut_down()
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
+    with pytest.raises(CorpusError, match=r"chat template was stopped \(exit status -9\)"):
+        texts(path, tokenizer)
 
 
 def test_an_idle_process_ends_and_the_next_conversation_starts_one(

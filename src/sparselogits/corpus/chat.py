@@ -143,7 +143,8 @@ class _Running:
         with suppress(BrokenPipeError):
             self._requests.write(json.dumps(value).encode() + b"\n")
             self._requests.flush()
-            if line := self._answers.readline():
+            line = self._answers.readline()
+            if line.endswith(b"\n"):  # otherwise the process ended, perhaps within an answer
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         return {}

@@ -191,7 +191,8 @@ def _sharegpt_call(content: str) -> dict[str, Any]:
     except ValueError:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
-    if all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+    named = [isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls]
+    if named and all(named):
         functions = [{"type": "function", "function": call} for call in calls]
         return {"role": "assistant", "content": "", "tool_calls": functions}
     return {"role": "assistant", "content": content}
