@@ -7,6 +7,7 @@ from problems import RULES, D, N, V, problem
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.losses import linear_sparse_cross_entropy, sparse_cross_entropy
 
 DIFFERENTIABLE = ("input", "linear_weight", "linear_bias")
@@ -121,6 +122,17 @@ def test_autocast_computes_in_its_dtype_and_returns_float32():
     for tensor, rounded in zip(leaves(p), (x, W, bias), strict=True):
         assert tensor.grad.dtype == torch.float32
         torch.testing.assert_close(tensor.grad, rounded.grad.float())
+
+
+def test_autocast_leaves_float64_alone_as_torch_does():
+    p = problem(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.nn.functional.linear(*leaves(p)).dtype == torch.float64
+        loss = bound(p)(*leaves(p))
+        x, W, bias = leaves(p)
+        with pytest.raises(InvalidArgumentError, match="bfloat16: convert them to one dtype"):
+            bound(p)(x.double(), W.double(), bias.float())
+    torch.testing.assert_close(loss, bound(p)(*leaves(p)), rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import RULES, D, N, problem
+from problems import RULES, D, N, V, problem
 
 from sparselogits.errors import InvalidArgumentError, InvalidTargetsError
 from sparselogits.losses import linear_sparse_cross_entropy, sparse_cross_entropy
@@ -132,6 +132,26 @@ def test_ids_masked_by_minus_infinity(rule):
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("rule", RULES)
+def test_with_labels_alone_an_infinite_divergence_is_only_logged(rule, impl):
+    """As ce is with alpha = 0."""
+    p = problem()
+    logits = torch.randn(N, V, dtype=torch.float64)
+    logits[:, 0] = -torch.inf
+    labels = p["labels"].clamp(min=1)
+    z = logits.clone().requires_grad_()
+    options = {"labels": labels, "alpha": 1.0, "missing_mass": rule, "impl": impl}
+    targets = (torch.zeros(N, 1).long(), torch.full((N, 1), 0.5))
+    parts = sparse_cross_entropy(z, *targets, **options, return_parts=True)
+    assert parts.kd == torch.inf
+    expected = torch.nn.functional.cross_entropy(logits.requires_grad_(), labels)
+    torch.testing.assert_close(parts.loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(parts.loss, z), torch.autograd.grad(expected, logits)
+    )
+
+
 def test_ids_out_of_range_are_caught_on_cpu():
     p = problem()
     p["target_ids"][0, 0] = 2**40
@@ -154,6 +174,8 @@ def test_ids_out_of_range_are_caught_on_cpu():
         ({"chunk_rows": 0}, InvalidArgumentError, "chunk_rows"),
         ({"alhpa": 0.5}, TypeError, "alhpa"),
         ({"labels": torch.zeros(3).long()}, InvalidArgumentError, "labels must have shape"),
+        ({"labels": torch.zeros(N)}, InvalidArgumentError, "int64 or int32, found torch.float"),
+        ({"labels": torch.zeros(N).bool()}, InvalidArgumentError, "labels must be int64"),
         ({"position_weights": torch.ones(3)}, InvalidArgumentError, "position_weights"),
         ({"linear_weight": torch.ones(7, 2)}, InvalidArgumentError, "of the same D"),
         ({"linear_bias": torch.ones(2)}, InvalidArgumentError, "linear_bias"),

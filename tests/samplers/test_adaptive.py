@@ -18,6 +18,7 @@ from sparselogits.samplers import (
     from_parameters,
     window_uniforms,
 )
+from sparselogits.samplers.budget import Pilot, PilotSlice
 from sparselogits.store import Cache, verify
 from sparselogits.teacher import load_teacher
 from tests.conftest import tiny_llama
@@ -134,6 +135,15 @@ def test_the_student_must_have_read_the_positions(student):
         Adaptive(StudentSignal.of(student))(torch.zeros(2, 96), window_uniforms(0, 0, 2, 1))
     with pytest.raises(InvalidArgumentError, match="signal is 'dist'; expected distance or"):
         StudentSignal.of(student, "dist")
+
+
+def test_a_student_that_equals_the_teacher_has_no_reference(student):
+    sampler = Adaptive(StudentSignal.of(student, "distance"))
+    here = sampler.signal.at(TOKENS, slice(0, 24))
+    logits = here.engine.head(here.hidden).detach()
+    pilot = Pilot([lambda: [PilotSlice(0, TOKENS, slice(0, 24), logits)]])
+    with pytest.raises(InvalidArgumentError, match="signal is 0 at all positions"):
+        sampler.fitted(pilot, None)
 
 
 def test_a_cache_drawn_with_a_student_in_memory(tmp_path, teacher_folder, text, tokenizer):

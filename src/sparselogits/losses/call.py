@@ -102,8 +102,11 @@ class Call:
         """Return the reduced loss with gradients attached, and its parts; `with_ce` includes ce."""
         alpha = self.criterion.alpha
         kd, ce = sums.kd * self.factor, sums.ce * self.factor
-        # With alpha = 0, ce is only logged: it may be infinite, and 0 * inf would be NaN.
-        loss = kd.clone() if alpha == 0.0 else (1.0 - alpha) * kd + alpha * ce
+        # A part of weight 0 is only logged: it may be infinite, and 0 * inf would be NaN.
+        if alpha in (0.0, 1.0):
+            loss = (ce if alpha else kd).clone()
+        else:
+            loss = (1.0 - alpha) * kd + alpha * ce
         if any(gradient is not None for gradient in sums.gradients):
             loss = _Attach.apply(  # type: ignore[no-untyped-call]
                 loss, self.factor, *self.operands, *sums.gradients
@@ -127,10 +130,11 @@ def prepare(
         InvalidTargetsError: targets have a wrong shape or dtype.
     """
     criterion.require_labels(labels is not None)
+    operands = _as_autocast_would(operands)
     if operands.weight is not None:
         _check_linear(operands.input, operands.weight, operands.bias)
     _check_targets(operands.input, ids, weights, labels, position_weights)
-    x, weight, bias = _as_autocast_would(operands)
+    x, weight, bias = operands
     x = x.flatten(0, -2)
     dtype = accumulation_dtype(x.dtype)
     if position_weights is None:
@@ -170,13 +174,13 @@ def _needs(tensor: Tensor | None) -> bool:
 
 
 def _as_autocast_would(operands: Operands) -> Operands:
-    """Cast operands to the dtype of autocast if it is enabled; logits are not cast."""
-    input, weight, bias = operands  # noqa: A001
-    device = input.device.type
-    if weight is None or not torch.is_autocast_enabled(device):
+    """Cast operands to the dtype of autocast if it is enabled; logits and float64 are not cast."""
+    device = operands.input.device.type
+    if operands.weight is None or not torch.is_autocast_enabled(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
-    return Operands(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands)
+    return Operands(*cast)  # type: ignore[arg-type]
 
 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:  # noqa: A002
@@ -198,9 +202,8 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:  
             f"linear_bias must have shape {tuple(weight.shape[:1])}, found {tuple(bias.shape)}: "
             "pass the bias of the same head"
         )
-    autocast = torch.is_autocast_enabled(input.device.type)
     others = (weight,) if bias is None else (weight, bias)
-    if not autocast and any(t.dtype != input.dtype for t in others):
+    if any(t.dtype != input.dtype for t in others):
         raise InvalidArgumentError(
             f"input is {input.dtype}, linear_weight {weight.dtype}"
             + ("" if bias is None else f", linear_bias {bias.dtype}")
@@ -215,7 +218,7 @@ def _check_targets(
     labels: Tensor | None,
     position_weights: Tensor | None,
 ) -> None:
-    """Validate the targets' dtypes, and that all shapes match the rows of input [..., D].
+    """Validate the dtypes of targets and labels, and that shapes match the rows of input [..., D].
 
     Targets are [..., K], labels and position weights [...].
     """
@@ -240,6 +243,10 @@ def _check_targets(
             raise InvalidArgumentError(
                 f"{name} must have shape {lead}, found {tuple(tensor.shape)}: pass one per row"
             )
+    if labels is not None and labels.dtype not in (torch.int64, torch.int32):
+        raise InvalidArgumentError(
+            f"labels must be int64 or int32, found {labels.dtype}: pass token ids"
+        )
 
 
 class _Attach(torch.autograd.Function):

@@ -74,8 +74,8 @@ def linear_sparse_cross_entropy(
 
     Args:
         input: hidden states [..., D] before the head, in any floating-point dtype.
-        linear_weight: head [V, D] in the same dtype (in any with autocast); V may exceed the
-            teacher's vocabulary.
+        linear_weight: head [V, D] in the same dtype (in any but float64 with autocast); V may
+            exceed the teacher's vocabulary.
         target_ids: int64 [..., K] in [0, V); entries of a row with non-zero weight have distinct
             ids. K may be 0.
         target_weights: float [..., K], usually float32, with any sum; 0 for padding.

@@ -27,7 +27,8 @@ def reference_parts(call: Call) -> LossParts:
     if ce_rows is None:
         return LossParts(kd, kd.detach(), None)
     ce = (row_weight * ce_rows).sum() * factor
-    loss = kd if alpha == 0 else (1 - alpha) * kd + alpha * ce
+    # a part of weight 0 may be infinite, and 0 * inf would be NaN
+    loss = kd if alpha == 0 else ce if alpha == 1 else (1 - alpha) * kd + alpha * ce
     return LossParts(loss, kd.detach(), ce.detach())
 
 

@@ -176,7 +176,11 @@ class Adaptive(Sampler):
         return super().left_open(budget) + (("reference",) if self.reference is None else ())
 
     def fitted(self, pilot: Pilot, budget: float | None) -> Adaptive:
-        """Return the sampler with `reference` and, given a budget, `nominal_rounds` fitted."""
+        """Return the sampler with `reference` and, given a budget, `nominal_rounds` fitted.
+
+        Raises:
+            InvalidArgumentError: the signal is 0 at all positions; see also `Sampler.fitted`.
+        """
         import torch
 
         sampler = self.ready()
@@ -184,7 +188,13 @@ class Adaptive(Sampler):
             means = torch.cat(
                 [sampler.at(p.tokens, p.positions).signals(p.logits) for p in pilot.subset()]
             )
-            sampler = replace(sampler, reference=float(means.mean()))
+            reference = float(means.mean())
+            if reference == 0:
+                raise InvalidArgumentError(
+                    "the student's signal is 0 at all positions of the pilot windows; expected a "
+                    "student that differs from the teacher. Use another student, or pass reference="
+                )
+            sampler = replace(sampler, reference=reference)
         return super(Adaptive, sampler).fitted(pilot, budget)
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:

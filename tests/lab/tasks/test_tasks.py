@@ -201,6 +201,10 @@ def test_mistakes_are_named(data, packed_text, tokenizer, tmp_path):
         write_tasks(tmp_path, ["last_word"])
     with pytest.raises(TaskError, match="unknown local task 'hellaswag'"):
         write_tasks(tmp_path, ["hellaswag"])
+    for count in (0, -1):
+        how = {"corpus": packed_text(64, holdout=0.3), "tokenizer": tokenizer, "count": count}
+        with pytest.raises(TaskError, match=f"found count={count}; expected at least 1"):
+            write_tasks(tmp_path, ["continuation"], **how)
     for said, window, share in (
         ("has no held-out text", 64, 0.0),
         ("words on average.*pack longer windows", 12, 0.3),

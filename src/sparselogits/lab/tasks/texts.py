@@ -54,8 +54,11 @@ def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
         count: largest number of passages.
 
     Raises:
-        TaskError: If there are no held-out windows, or they have too few words on average.
+        TaskError: If `count` is less than 1, there are no held-out windows, or they have too few
+            words on average.
     """
+    if count < 1:
+        raise TaskError(f"found count={count}; expected at least 1 passage; give a larger number")
     available = corpus.holdout_windows
     if not available:
         raise TaskError(
