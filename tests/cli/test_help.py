@@ -49,6 +49,16 @@ def test_an_option_shows_its_text_and_its_default(name, option, pages):
         assert after.startswith(f" [default: {default}]")
 
 
+def test_only_train_offers_the_best_teacher_of_each_window(pages):
+    assert "or best, for the teacher with the lowest loss" in pages["train"]
+    assert "or best" not in pages["eval"]  # which rejects it
+
+
+def test_the_quick_check_does_not_claim_every_byte(pages):
+    assert "--sample" in pages["verify"]
+    assert "or with --sample a part of it" in pages["verify"]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_help_page_ends_with_an_example_that_can_be_given(name, pages):
     example = pages[name].split(" Example: ")[1].split()

@@ -21,13 +21,13 @@ from sparselogits.cli.options import (
     MEASUREMENTS,
     MODEL,
     MODEL_NAMES,
+    NUMBERS_OF_MIXTURE,
     Allow,
     Device,
     DraftIds,
     Dtype,
     JoinRows,
     Json,
-    MixtureWeights,
     SeparatorId,
     TokenizedBy,
     parsed_weights,
@@ -65,7 +65,7 @@ def evaluate_command(
         "caches' teachers.",
         shown="none; give this or --data",
     ),
-    weights: MixtureWeights = None,
+    weights: str | None = DATA(f"{NUMBERS_OF_MIXTURE}.", shown="equal weights"),
     data: str | None = DATA(
         "Text to evaluate on instead of the held-out text: a text, JSON lines or Parquet file, a "
         "folder of such files, or the name of a dataset.",

@@ -115,13 +115,17 @@ Allow = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+NUMBERS_OF_MIXTURE = (
+    "Weights of the teachers if several caches are mixed: numbers that sum to 1, in the order of "
+    "the caches, such as 0.7,0.3"
+)
+"""Help text of --weights, without the end of the sentence."""
+
 MixtureWeights = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="Weights of the teachers if several caches are mixed: numbers that sum to 1, in the "
-        "order of the caches, such as 0.7,0.3; or best, for the teacher with the lowest loss in "
-        "each window.",
+        help=f"{NUMBERS_OF_MIXTURE}; or best, for the teacher with the lowest loss in each window.",
         show_default="equal weights",
         rich_help_panel=DATA,
     ),

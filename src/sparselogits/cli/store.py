@@ -33,7 +33,7 @@ def verify(
     ),
     as_json: Json = False,
 ) -> None:
-    """Check every byte, checksum and invariant of a cache; exit with code 2 if it is damaged."""
+    """Check every byte of a cache, or with --sample a part of it; exit with code 2 if damaged."""
     from sparselogits.caching import text_of_windows, windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
