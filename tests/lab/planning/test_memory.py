@@ -2,11 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import (
+    DeepseekV3Config,
+    Gemma3nTextConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 from typer.testing import CliRunner
 
 from sparselogits.cli import app
@@ -147,6 +155,46 @@ def test_the_shape_of_a_folder(tmp_path):
     assert found.hidden == config.hidden_size
     assert found.layers == config.num_hidden_layers
     assert found.intermediate == config.intermediate_size
+
+
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "expected"),
+    [
+        (MixtralConfig, {"intermediate_size": 96, "num_experts_per_tok": 2}, 192),
+        (
+            Qwen3MoeConfig,
+            {"intermediate_size": 100, "moe_intermediate_size": 48, "num_experts_per_tok": 3},
+            144,
+        ),
+        (
+            Qwen2MoeConfig,
+            {"intermediate_size": 100, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+            | {"shared_expert_intermediate_size": 80},
+            176,
+        ),
+        (
+            DeepseekV3Config,
+            {"intermediate_size": 100, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+            | {"n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+            144,
+        ),
+        (Qwen3MoeConfig, {"intermediate_size": 500, "moe_intermediate_size": 48}, 500),
+    ],
+)
+def test_the_shape_sums_over_active_experts(kind, sizes, expected, tmp_path):
+    kind(**SMALL, **sizes).save_pretrained(tmp_path)
+    assert size_of(str(tmp_path), "teacher").shape.intermediate == expected
+
+
+def test_sizes_per_layer_give_a_plausible_shape(tmp_path):
+    sizes = {"intermediate_size": [96, 128], "vocab_size_per_layer_input": 128}
+    Gemma3nTextConfig(**SMALL | sizes, num_kv_shared_layers=0).save_pretrained(tmp_path)
+    found = size_of(str(tmp_path), "teacher")
+    assert found.shape == shape_of(found.parameters)
 
 
 def plan(*words: str) -> str:

@@ -91,9 +91,27 @@ def size_of(text: str, what: str) -> ModelSize:
             f"of transformers ({error}); give a count such as 8B"
         ) from error
     count = float(sum(p.numel() for p in model.parameters()))
-    names = ("hidden_size", "num_hidden_layers", "intermediate_size")
-    found = (getattr(config.get_text_config(), name, None) for name in names)
-    dimensions: list[int] = [value for value in found if isinstance(value, int)]
-    if len(dimensions) < 3:  # the architecture names its dimensions differently
+    text_config = config.get_text_config()
+    dimensions = [_number(text_config, name) for name in ("hidden_size", "num_hidden_layers")]
+    dimensions.append(_active_intermediate(text_config))
+    if not all(dimensions):  # the architecture names its dimensions differently
         return ModelSize(count, shape_of(count))
     return ModelSize(count, Shape(folder.resolve().name, count, *dimensions))
+
+
+def _number(config: object, name: str) -> int:
+    """Return a number of a configuration; 0 if it is missing, or a list with a value per layer."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
+
+
+def _active_intermediate(config: object) -> int:
+    """Return the intermediate size of the largest MLP, summed over active experts; 0 if unknown."""
+    dense = _number(config, "intermediate_size")
+    expert = _number(config, "moe_intermediate_size") or dense
+    shared = (
+        _number(config, "shared_expert_intermediate_size")
+        or _number(config, "shared_intermediate_size")
+        or _number(config, "n_shared_experts") * expert
+    )
+    return max(dense, _number(config, "num_experts_per_tok") * expert + shared)
