@@ -22,6 +22,7 @@ from sparselogits.lab.report.charts import (
 )
 from sparselogits.lab.report.comparison import report_page
 from sparselogits.lab.report.comparison_charts import ALL_SHOWN, drawings_of, hidden_at_first
+from sparselogits.lab.report.headline import headline
 from tests.lab.report.browser import DESKTOP, PHONE, opened
 from tests.lab.report.material import HOSTILE, RECORD, gradient, method
 from tests.lab.report.material import comparison as made_up
@@ -175,6 +176,16 @@ def test_headline(results):
     assert "4.000 nats from 12.0 entries (18.0 bytes) per token" in said[1]
     assert "CE without a teacher 4.321 and full KD with the teacher online 3.987" in said[1]
     assert "not distinguishable from noise" in said[1]  # no gap was given
+
+
+def test_headline_without_a_common_seed(results):
+    rows = [
+        row.model_copy(update={"seeds_done": [1]}) if row.family == "full" else row
+        for row in results.methods
+    ]
+    said = headline(results.model_copy(update={"methods": rows}), "small")
+    assert "no finished seed in common" in said
+    assert "noise" not in said
 
 
 def test_headlines_of_stored_comparisons():

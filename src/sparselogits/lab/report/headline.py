@@ -47,6 +47,8 @@ def _of_the_gap(best: MethodRow, ce: MethodRow | None, full: MethodRow | None) -
     if ce is None or full is None or best is ce or best is full:
         return ""
     closed = best.gap_closed
+    if closed is None and not set(best.seeds_done) & set(ce.seeds_done) & set(full.seeds_done):
+        return f" {best.method}, CE and full KD have no finished seed in common."
     if closed is None:
         return " The gap between CE and full KD is not distinguishable from noise here."
     said = f" It closes {closed.mean:.0f} % of the gap between CE and full KD"
