@@ -164,14 +164,28 @@ def _masked_classes_by_type() -> dict[str, str]:
     return {kind: name for kind, name in named.items() if name not in _causal_classes()}
 
 
+def _refuse_encoder_decoder(config: Any, *names: str) -> None:
+    """Validate that the names of a model's class and base classes are not of an encoder-decoder."""
+    decoder_alone = not _causal_classes().isdisjoint(names)
+    if names and getattr(config, "is_encoder_decoder", False) and not decoder_alone:
+        raise InvalidArgumentError(
+            f"{names[0]} is an encoder-decoder, which reads two texts; expected a model of one. "
+            "Use a causal or a masked language model"
+        )
+
+
 def names_masked_class(config: Any) -> bool:
     """Return whether a configuration describes a masked language model.
 
     The configuration of an encoder (BERT, RoBERTa) may also name another class (BertModel,
     BertForPreTraining), or no class. Such a configuration describes a masked language model unless
     it names a causal class, or sets `is_decoder` or `is_encoder_decoder`.
+
+    Raises:
+        InvalidArgumentError: the configuration names a class of an encoder-decoder (BART).
     """
     named = set(getattr(config, "architectures", None) or ())
+    _refuse_encoder_decoder(config, *named)
     if not named.isdisjoint(masked_classes(config)):
         return True
     encoder = getattr(config, "model_type", None) in _masked_classes_by_type()
@@ -180,10 +194,15 @@ def names_masked_class(config: Any) -> bool:
 
 
 def predicts_masked(model: nn.Module) -> bool:
-    """Return whether a model, with or without an adapter, is a masked language model."""
+    """Return whether a model, with or without an adapter, is a masked language model.
+
+    Raises:
+        InvalidArgumentError: the model is an encoder-decoder (BART).
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    known = masked_classes(getattr(model, "config", None))
-    return any(kind.__name__ in known for kind in type(inner).__mro__)
+    config, names = getattr(model, "config", None), [kind.__name__ for kind in type(inner).__mro__]
+    _refuse_encoder_decoder(config, *names)
+    return not masked_classes(config).isdisjoint(names)
 
 
 def require_predicting(model: nn.Module, *, masked: bool, whose: str, of: str) -> None:

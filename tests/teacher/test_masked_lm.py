@@ -7,6 +7,8 @@ from transformers import (
     AlbertConfig,
     AutoModelForMaskedLM,
     BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
     BertConfig,
     BertForPreTraining,
     CamembertConfig,
@@ -21,7 +23,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
+from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning, TeacherError
 from sparselogits.evaluate.passes import StudentLogits
 from sparselogits.language_model import names_masked_class, predicts_masked, split
 from sparselogits.teacher import TransformersTeacher
@@ -204,6 +206,27 @@ def test_an_encoder_is_masked_unless_its_checkpoint_names_a_causal_class() -> No
     assert not names_masked_class(BertConfig(is_decoder=True))
     assert not names_masked_class(LlamaConfig())
     assert not names_masked_class(BartConfig())
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path) -> None:
+    """BART's class is in transformers' mapping of masked models."""
+    layers = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "d_model": 16,
+        "max_position_embeddings": 32,
+    }
+    ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(vocab_size=96, **layers, **ids, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    said = "BartForConditionalGeneration is an encoder-decoder"
+    model = BartForConditionalGeneration(config)
+    with pytest.raises(InvalidArgumentError, match=said):
+        TransformersTeacher(model, identity={})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=said):
+        load_language_model(str(tmp_path))
+    BartForCausalLM(config).save_pretrained(tmp_path)
+    assert not predicts_masked(load_language_model(str(tmp_path)))
 
 
 def test_a_checkpoint_of_pretraining_is_read_as_a_masked_model(tmp_path) -> None:
