@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep=deep)
         except (LookupError, ArithmeticError, ValueError) as error:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             problem = f"{shown(node.value)} does not match its tag {tag}: remove the tag"
