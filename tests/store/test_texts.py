@@ -202,7 +202,7 @@ def test_half_a_shard_under_its_name_is_not_taken_for_one(tmp_path, scheme):
         else:
             (tmp_path / "pushed" / name).write_bytes(bad)
         report = push(cache, url)
-        if len(bad) == len(whole):  # damage in the middle is for verify to find
+        if len(bad) == len(whole) and scheme != "file":  # pages are verified in local folders only
             assert repair(Cache.open(url)).set_aside
             report = push(cache, url)
         else:
