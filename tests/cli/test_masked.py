@@ -133,7 +133,7 @@ def test_a_masked_student_is_evaluated_with_a_cache_alone(bert: Path, short: Pat
     given = ["eval", bert, "--data", short, "--device", "cpu", "--window", 32]
     done = CliRunner().invoke(app, [str(word) for word in given])
     assert isinstance(done.exception, InvalidArgumentError)
-    assert "Name a cache of its teacher with --cache" in str(done.exception)
+    assert "Name a cache of the student's teacher with --cache" in str(done.exception)
 
 
 def test_options_of_masked_models_are_refused_for_a_causal_teacher(

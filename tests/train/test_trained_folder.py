@@ -261,7 +261,7 @@ def test_a_run_of_the_names_before_is_recognised(kept, tmp_path):
     file.write_text(json.dumps(old))
     assert not run(mine, device="cpu").fresh
     for change in ({"max_steps": 3}, {"num_train_epochs": 2}, {"bf16": True}):
-        with pytest.raises(RecipeError, match=rf"differ in {next(iter(change))}\)"):
+        with pytest.raises(RecipeError, match=rf"different: {next(iter(change))}\)"):
             run(recipe(kept, tmp_path / "run", **change), device="cpu")
     (tmp_path / "run" / "run.json").unlink()
     assert run(mine, device="cpu").fresh
@@ -285,7 +285,7 @@ def test_another_cache_at_the_same_path_is_refused(kept, answers, tmp_path):
     run(recipe(place, tmp_path / "run"), device="cpu")
     shutil.rmtree(place)
     shutil.copytree(answers[1.0], place)
-    with pytest.raises(RecipeError, match="differ in cache"):
+    with pytest.raises(RecipeError, match="different: cache"):
         run(recipe(place, tmp_path / "run"), device="cpu")
 
 
