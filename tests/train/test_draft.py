@@ -285,7 +285,7 @@ def test_the_command_trains_a_new_drafter_and_continues_it(desk, line, monkeypat
     assert "already finished" in err
     code, _, err = line("train", "--cache", "cache", *dimensions, *few, "--out", "first")
     assert code == 2
-    assert "differ in draft_vocabulary, cache" in " ".join(err.split())
+    assert "different: draft_vocabulary, cache" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

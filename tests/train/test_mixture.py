@@ -121,14 +121,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(cache, second_cache, tmp_pat
     killed = run_python("-c", KILLED, json.dumps(values))
     assert killed.returncode == -signal.SIGKILL
     assert list((tmp_path / "killed" / "checkpoints").glob("checkpoint-9"))
-    with pytest.raises(RecipeError, match=r"differ in .*weights"):
+    with pytest.raises(RecipeError, match=r"different: .*weights"):
         run(parse_recipe(values | {"weights": [0.5, 0.5]}, source="x"), device="cpu")
     resumed = run(parse_recipe(values, source="x"), device="cpu")
     assert resumed.steps == whole.steps
     first, second = (load_file(r.model_path / "model.safetensors") for r in (whole, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not run(parse_recipe(values, source="x"), device="cpu").fresh
-    with pytest.raises(RecipeError, match=r"differ in .*cache"):
+    with pytest.raises(RecipeError, match=r"different: .*cache"):
         run(parse_recipe(values | {"cache": [values["cache"][1], values["cache"][0]]}, source="x"))
     card = (whole.model_path / "README.md").read_text()
     assert "0.7 x teacher" in card
