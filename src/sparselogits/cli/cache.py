@@ -38,7 +38,7 @@ from sparselogits.cli.options import (
     masked_objective,
     optional_tokenizer,
     print_next,
-    print_train_command,
+    print_train_command_of,
 )
 from sparselogits.cli.role import build_role
 from sparselogits.console import messages, stage
@@ -337,7 +337,7 @@ def cache(
         text = source.selection() | {"summary": asdict(corpus.summary)}
         opened = print_info(out, as_json, text=text)
         if not as_json and only is None:
-            print_train_command(out, windows=len(opened), masked=masks, tokenizer=teacher)
+            print_train_command_of(opened, out, teacher)
         elif not as_json:
             verify = f"sparselogits verify {out}"
             print_next(otherwise=f"build the other windows, then check that all exist: {verify}")

@@ -17,7 +17,7 @@ from sparselogits.cli.options import (
     Json,
     TrustRemoteCode,
     WindowsPerShard,
-    print_train_command,
+    print_train_command_of,
 )
 from sparselogits.console import messages, stage
 from sparselogits.wording import counted
@@ -78,4 +78,4 @@ def import_command(
     messages.print(said)
     opened = print_info(out, as_json)
     if not as_json:
-        print_train_command(out, windows=len(opened), masked=False, tokenizer=tokenizer)
+        print_train_command_of(opened, out, tokenizer)

@@ -18,7 +18,7 @@ from sparselogits.cli.options import (
     CacheArgument,
     Json,
     print_json,
-    print_train_command,
+    print_train_command_of,
 )
 from sparselogits.console import messages, results, styled
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
@@ -90,8 +90,7 @@ def info(
         )
     opened = print_info(cache, as_json, sampled=sample, labels=labels)
     if not as_json:
-        masked = opened.identity.objective is not None
-        print_train_command(cache, windows=len(opened), masked=masked)
+        print_train_command_of(opened, cache)
 
 
 def _by_label(

@@ -17,6 +17,7 @@ from sparselogits.untrusted import json_text
 
 if TYPE_CHECKING:
     from sparselogits.objectives import Masked
+    from sparselogits.store import Cache
 
 
 class Group(str):
@@ -315,6 +316,12 @@ def print_train_command(
     named = ("--tokenizer", tokenizer) if is_url(cache) else ()
     batch = ("--per-device-train-batch-size", windows) if windows < BATCH_WINDOWS else ()
     print_next("train", "--cache", cache, *student, *named, *batch, "--out", "my-run")
+
+
+def print_train_command_of(opened: Cache, cache: str | Path, tokenizer: str = "MODEL") -> None:
+    """Print the command that trains a student from an open cache; see `print_train_command`."""
+    masked = opened.identity.objective is not None
+    print_train_command(cache, windows=len(opened), masked=masked, tokenizer=tokenizer)
 
 
 def print_json(value: object) -> None:

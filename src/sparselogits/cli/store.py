@@ -14,13 +14,13 @@ from sparselogits.cli.options import (
     Json,
     print_json,
     print_next,
-    print_train_command,
+    print_train_command_of,
 )
 from sparselogits.console import messages, results, stage, styled
 from sparselogits.wording import counted
 
 if TYPE_CHECKING:
-    from sparselogits.store import Cache, MergeReport
+    from sparselogits.store import MergeReport
 
 
 def verify(
@@ -59,7 +59,7 @@ def verify(
         results().print(f"{counted(read, 'window')} read in {shards}, {found} of them damaged")
     if not damaged:
         if not as_json:
-            _print_train_command(cache, opened)
+            print_train_command_of(opened, cache)
         return
     messages.print(
         "`sparselogits repair` moves damaged shards out of the cache, and `sparselogits cache` "
@@ -94,7 +94,7 @@ def repair(cache: CacheArgument, as_json: Json = False) -> None:
         )
     else:
         results().print("nothing to repair")
-        _print_train_command(cache, opened)
+        print_train_command_of(opened, cache)
 
 
 def card(cache: CacheArgument) -> None:
@@ -137,7 +137,7 @@ def push(
         return
     results().print(_copied(report, "pushed"))
     results().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
-    _print_train_command(url, opened)
+    print_train_command_of(opened, url)
 
 
 def merge(
@@ -189,12 +189,6 @@ def export(
         print_next(
             otherwise=f'polars.read_parquet("{out}/*.parquet") in Python, or any other reader'
         )
-
-
-def _print_train_command(place: str, opened: Cache) -> None:
-    """Print the command that trains from a cache at a path or URL, which may be a copy."""
-    masked = opened.identity.objective is not None
-    print_train_command(place, windows=len(opened), masked=masked)
 
 
 def _copied(report: MergeReport, done: str) -> str:
