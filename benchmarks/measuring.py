@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from sparselogits.teacher.number_formats import has_products
+
 
 def machine() -> dict[str, Any]:
     """Return the properties of the machine and the versions that affect times."""
     return {
         "processor": processor(),
-        "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "bfloat16": bool(has_products(torch.bfloat16)),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),

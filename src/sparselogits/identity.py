@@ -79,6 +79,11 @@ class Identity:
         """Version of the directory and shard layout."""
         return CAUSAL_FORMAT if self.objective is None else MASKED_FORMAT
 
+    @property
+    def retokenized(self) -> bool:
+        """Whether the targets were rewritten for a student with another tokenizer."""
+        return "retokenized" in self.teacher
+
     @cached_property
     def predicts(self) -> TokenObjective:
         """Objective, which determines the token that each position of a window predicts.

@@ -251,7 +251,7 @@ def evaluate_command(
         )
     if scores:
         results().print(_task_table(scores))
-    retokenized = any("retokenized" in own.identity.teacher for own in opened)
+    retokenized = any(own.identity.retokenized for own in opened)
     if engine is None and retokenized:
         print_next("view", caches[0], "--student", student)
     elif engine is not None and caches and vocabulary is None:

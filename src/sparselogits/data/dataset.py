@@ -128,12 +128,12 @@ class CacheDataset(Dataset[CachedWindow]):
         if not paths:
             raise InvalidArgumentError("the list of caches is empty; give at least one cache")
         self._mixture = Mixture.of([_open(each, copy) for each in paths], weights)
-        teachers = [cache.identity.teacher for cache in self._mixture.caches]
-        self._entropy_known = draft is None and not any("retokenized" in own for own in teachers)
         self.caches = self._mixture.caches
         self.cache = self.caches[0]
         """The cache, or the first of several caches, which all have the same windows."""
         self.draft = draft
+        mapped = any(cache.identity.retokenized for cache in self.caches)
+        self._entropy_known = draft is None and not mapped
         identity = self._mixture.identity
         self.identity = identity if draft is None else draft.identity_of(identity)
         self.seed = seed

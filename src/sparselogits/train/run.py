@@ -611,7 +611,7 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
         IdentityMismatchError: the teacher has other weights (a warning if "other-teacher" is
             allowed), or the cache was retokenized.
     """
-    if "retokenized" in identity.teacher:
+    if identity.retokenized:
         raise IdentityMismatchError(
             "the cache was retokenized: its tokens are those of a student, and the teacher reads "
             "other tokens. Leave the teacher out, or use the cache from which this one was made"
