@@ -44,6 +44,9 @@ Decided before the first run:
   the student's own text after a quarter of T, on prompts from eight training windows that no arm
   uses. "healed for longer" and full KD use the rates that the grid chose.
 - Seeds set the order and the samples; the pruned and the healed start are the same for all.
+
+Changed before three seeds were run: teacher and products are float32 in place of bfloat16 on a
+processor without bfloat16 products. All arms of a result are run on one machine.
 """
 
 from __future__ import annotations
@@ -63,8 +66,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parents[1])]
 from on_policy import make_trainer
+from planned import PRECISION, autocast
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.corpus import PackedCorpus
 from sparselogits.data import TextDataset
@@ -257,14 +261,14 @@ class Bench:
                 **common,
             )
             # only for the loss: generation is faster in float32 than with a cast per token
-            trainer.compute_loss_context_manager = lambda: torch.autocast("cpu", torch.bfloat16)
+            trainer.compute_loss_context_manager = autocast
         else:
             trainer = SparseKDTrainer(
                 student,
                 TrainingArguments(
                     str(self.out / "trainer"),
                     per_device_train_batch_size=self.grid.window_batch,
-                    bf16=True,
+                    bf16=PRECISION == "bfloat16",
                     **common,
                 ),
                 train_dataset=CacheDataset(self.grid.cache, seed=seed),
@@ -425,6 +429,7 @@ def run(folder: Path, out: Path, seeds: Sequence[int], seconds: float) -> None:
         "prompt": PROMPT,
         "completion": COMPLETION,
         "batch": BATCH,
+        "precision": PRECISION,
         "provenance": provenance(),
     }
     kept(out / "settings.json", lambda: settings)
