@@ -66,7 +66,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from on_policy import make_trainer
 from planned import PRECISION, autocast
 from sparselogits import CacheDataset, SparseKDTrainer
