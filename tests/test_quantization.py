@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.quantization import FORMATS, Quantization, load_quantized, prepare
 from tests.conftest import PADDED_VOCABULARY, tiny_llama
+from tests.masked_models import MODELS
 
 pytest.importorskip("torchao")
 
@@ -51,6 +52,20 @@ def test_converted_model_equals_the_fake_quantised_one(quantization, tmp_path):
     assert not torch.allclose(plain.lm_head.weight, loaded.lm_head.weight)
     # the head is in full precision
     torch.testing.assert_close(loaded.lm_head.weight.float(), model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_masked_model_stays_masked(name, tmp_path):
+    quantization = Quantization("int4-weight-only", group_size=16)
+    model = MODELS[name]().eval()
+    ids = tokens() % model.config.vocab_size
+    prepare(model, quantization)
+    model.save_pretrained(tmp_path / "model")
+    load_quantized(tmp_path / "model", quantization).save_pretrained(tmp_path / "quantised")
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "quantised")
+    assert loaded.config.architectures == [type(model).__name__]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_weights_take_few_values_per_group(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError
+from sparselogits.language_model import names_masked_class
 
 QuantizationFormat = Literal[
     "int8-weight-only", "int4-weight-only", "int3-weight-only", "int2-weight-only",
@@ -124,19 +125,26 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
 
 
 def load_quantized(folder: Path, quantization: Quantization) -> nn.Module:
-    """Load a causal language model that was saved in full precision, and quantise its weights.
+    """Load a language model that was saved in full precision, and quantise its weights.
 
-    The folder contains a model that was trained after `prepare`; for any other model this is
-    post-training quantisation. `save_pretrained` of the result writes the quantised weights in a
-    format that transformers loads without further arguments.
+    The folder contains a causal or masked model that was trained after `prepare`; for any other
+    model this is post-training quantisation. `save_pretrained` of the result writes the quantised
+    weights in a format that transformers loads without further arguments.
 
     Raises:
         MissingDependencyError: torchao is not installed.
     """
-    from transformers import AutoModelForCausalLM, TorchAoConfig
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        TorchAoConfig,
+    )
 
     settings = TorchAoConfig(quantization.torchao_config())
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    masked = names_masked_class(AutoConfig.from_pretrained(folder))
+    kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    model: nn.Module = kind.from_pretrained(
         folder, quantization_config=settings, use_safetensors=True
     )
     return model

@@ -60,6 +60,7 @@ def test_a_masked_teacher_is_cached_learnt_from_and_evaluated(
         CliRunner().invoke(app, [str(word) for word in new], catch_exceptions=False)
     (config,) = trained.glob("model/config.json")
     assert json.loads(config.read_text())["architectures"] == ["BertForMaskedLM"]
+    assert 'pipeline("fill-mask",' in (trained / "model/README.md").read_text()
 
     shown = run("eval", trained, "--cache", cache, "--teacher", bert, "--device", "cpu", "--json")
     found = json.loads(shown[shown.index("{") :])

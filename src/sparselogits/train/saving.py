@@ -117,6 +117,8 @@ def model_card(recipe: Recipe, identity: Identity, metrics: Mapping[str, Any]) -
     rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
     quantize = recipe.student.quantize
     quantised = f"| weights | {quantize.settings().described} (torchao) |\n" if quantize else ""
+    masked = identity.objective is not None
+    call, task = ("fill", "fill-mask") if masked else ("generate", "text-generation")
     return f"""---
 {json.dumps(front, indent=2)}
 ---
@@ -137,7 +139,7 @@ targets.
 ```python
 from transformers import pipeline
 
-generate = pipeline("text-generation", "PATH/TO/THIS/FOLDER")
+{call} = pipeline("{task}", "PATH/TO/THIS/FOLDER")
 ```
 
 ## Recipe
