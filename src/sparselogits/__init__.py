@@ -1,4 +1,4 @@
-"""Distil language models offline, from a cache of sparse, unbiased targets.
+"""Distil language models offline, from a cache of a teacher's sparse targets.
 
     from sparselogits import CacheDataset, SparseKDTrainer
 

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; handle Ctrl-C even while the command line is imported."""
+    """Run the command line; Ctrl-C exits with code 130, even while modules are imported."""
     try:
         from sparselogits.cli import main as command_line
 

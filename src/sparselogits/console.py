@@ -31,13 +31,13 @@ class EscapingConsole(Console):
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print objects as `rich.console.Console.print` does, but do not wrap strings in a log."""
+        """Print objects as rich's `Console.print` does, but wrap strings only on a terminal."""
         if not self.is_terminal and all(isinstance(each, str) for each in objects):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Convert a string to rich text, escaping it before its width is measured."""
+        """Convert a string to rich text; escape control characters before its width is measured."""
         return super().render_str(printable(text), **options)
 
     def render(
@@ -78,8 +78,9 @@ NOTEBOOK_SECONDS = 0.5
 def quiet_transformers() -> None:
     """Silence progress bars, and messages of transformers below the level of errors.
 
-    Environment variables that are set take precedence, except for the progress bars of transformers
-    and `datasets` if these are already imported.
+    Call this before other libraries are imported: it sets environment variables that they read at
+    import, unless the variables are set already. Of libraries that are imported already, only the
+    progress bars of transformers and `datasets` are disabled, whatever the variables are.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

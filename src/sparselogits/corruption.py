@@ -191,8 +191,9 @@ class Corruption:
             tokenizer: tokenizer of the cache; may be None for a causal language model.
 
         Raises:
-            InvalidArgumentError: the cache is of a masked language model, and `tokenizer` is None
-                or the cache's mask token is not in its vocabulary.
+            InvalidArgumentError: this library does not know the cache's objective; or the cache is
+                of a masked language model, and `tokenizer` is None or the id of the mask token is
+                not below `identity.vocab_size`.
         """
         objective = identity.predicts
         if not isinstance(objective, Masked):

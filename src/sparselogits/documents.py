@@ -178,7 +178,7 @@ def _run_apart(
 ) -> Tensor:
     """Run every document as a separate sequence, and return the states [B, L, D] in window order.
 
-    With `equal`, only documents of equal length share a call; otherwise see `Documents.run`.
+    Documents of one group of `_groups_of` share a call.
     """
     batch, length = input_ids.shape
     device = input_ids.device
@@ -299,9 +299,9 @@ def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:
 
 
 def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tensor) -> bool:
-    """Return whether a packed pass gives the states of `alone`, and documents affect no later one.
+    """Return whether a packed pass gives `alone` up to rounding, and documents affect no later one.
 
-    The second condition is tested for the first document of each window.
+    The second condition is tested by changing the first document of each window.
     """
     packed = run(input_ids=tokens, position_ids=positions)
     bound = _PACKED.get(alone.dtype, _PACKED_HALF)
@@ -331,7 +331,10 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Return the sequence length above which rotary frequencies change; None if they are fixed."""
+    """Return the sequence length above which rotary frequencies change; None if they are fixed.
+
+    The result is 0 if they change and the configuration does not state the length.
+    """
     for name in ("rope_parameters", "rope_scaling"):
         for rope in _nested_dicts(getattr(config, name, None)):
             kind = rope.get("rope_type", rope.get("type"))

@@ -23,11 +23,11 @@ class SparseLogitsError(Exception):
 
 
 class InvalidTargetsError(SparseLogitsError, ValueError):
-    """Raised if sparse targets are invalid, as by unsorted ids, or cannot be joined or thinned."""
+    """Raised if sparse targets are invalid, or cannot be sliced, padded, joined or thinned."""
 
 
 class InvalidLogitsError(SparseLogitsError, ValueError):
-    """Raised if logits or uniforms are NaN or out of range, or have the wrong shape."""
+    """Raised if logits or random numbers are NaN or out of range, or of a wrong shape or dtype."""
 
 
 class InvalidArgumentError(SparseLogitsError, ValueError):
@@ -51,7 +51,7 @@ class CacheError(SparseLogitsError):
 
 
 class CacheCorruptionError(CacheError):
-    """Raised if stored bytes were changed or removed; the message contains the file."""
+    """Raised if stored bytes were changed or removed; the message contains their location."""
 
 
 class StorageError(CacheError):

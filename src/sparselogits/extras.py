@@ -61,5 +61,8 @@ def require(what: str, *extras: str, demo_model: bool = False) -> None:
 
 
 def require_demo() -> None:
-    """Validate that the packages in the extra "demo" and the demo's teacher are installed."""
+    """Validate that the packages in the extra "demo" and the demo's teacher are installed.
+
+    Raises MissingDependencyError.
+    """
     require("the demo", "demo", demo_model=True)

@@ -44,8 +44,9 @@ class Identity:
     """Settings that are equal in all shards of a cache.
 
     Args:
-        teacher: name (for display, not compared), sha256 of the weights, dtype, engine and
-            quantization of the teacher.
+        teacher: name (for display, not compared), fingerprint of the weights, dtype, engine and
+            quantization of the teacher; in some caches further fields, such as vLLM's options, the
+            shares of a mixture, or what the targets were retokenized from.
         tokenizer: fingerprint of the tokenizer, see `tokenizer_fingerprint`.
         vocab_size: number of the teacher's logits per position.
         token_mask: sha256 of the bitmap that marks ids which are tokens; "all" if every id is one.
@@ -54,7 +55,8 @@ class Identity:
         packing: separator and beginning-of-text ids, attention reset, hold-out share, and kind and
             padding id if each window has one document.
         sampler: name and all parameters of the sampler.
-        seed: seed that determines the uniforms, together with the window index.
+        seed: seed that determines the random numbers of the sampler, together with the window
+            index.
         temperature: temperature by which the teacher's logits are divided before sampling.
         codec: name and parameters of the codec that encodes targets.
         objective: JSON values from `Masked.to_json` if positions predict hidden tokens; None if
@@ -109,8 +111,8 @@ class Identity:
     def from_json(cls, value: object) -> Identity:
         """Create an identity from JSON values that `to_json` returned.
 
-        Raises CacheError if a field is missing, unknown or of the wrong type, or the version is
-        unknown.
+        Raises CacheError if a field is missing, unknown or of the wrong type, or the version or the
+        objective is unknown.
         """
 
         def damaged(problem: str) -> CacheError:
@@ -157,22 +159,25 @@ class Identity:
         return f"{_one_line(self.sampler.get('name')) or 'unnamed'} ({', '.join(parameters[:16])})"
 
     def _compared(self) -> dict[str, Any]:
-        """Return the identity as JSON values, without the teacher's name (only for display)."""
+        """Return the identity as JSON values, without the teacher's name, which is for display."""
         compared = self.to_json()
         compared["teacher"] = {k: v for k, v in compared["teacher"].items() if k != "name"}
         return compared
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal sha256 of the canonical JSON of all fields that are compared."""
+        """Hexadecimal sha256 of the canonical JSON of all fields except the teacher's name."""
         return hashlib.sha256(canonical_json(self._compared())).hexdigest()
 
     def differences(self, other: Identity) -> list[tuple[str, Any, Any]]:
-        """Return (dotted field name, value in self, value in other) for every differing field."""
+        """Return (dotted field name, value in self, value in other) for every differing field.
+
+        The teacher's name is not compared, and a missing field equals None.
+        """
         return list(differing_fields(self._compared(), other._compared()))
 
     def require_equal(self, other: Identity, *, here: str, there: str) -> None:
-        """Validate that two identities are equal.
+        """Validate that two identities are equal, apart from the teacher's name.
 
         Args:
             other: identity to compare with.

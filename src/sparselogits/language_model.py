@@ -26,7 +26,7 @@ from sparselogits.errors import InvalidArgumentError
 _PROBE_LENGTH = 16
 """Number of tokens on which models are compared with their parts."""
 _FAILURES = (AttributeError, IndexError, TypeError, ValueError, RuntimeError)
-"""Errors of a forward pass on such tokens; IndexError if a model has too few positions."""
+"""Errors of a forward pass on `probe_tokens`; IndexError if a model has too few positions."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ class Parts:
                 self.head.forward = patched
 
     def bound_head(self) -> Head:
-        """Return the head with its current weights; call this after hooks have gathered them."""
+        """Return the head with its current weights.
+
+        Under FSDP, call this inside the model's forward, where the hooks have gathered the weights.
+        """
         weight: Any = self.head.weight
         module = self.head if isinstance(weight, DTensor) else None
         return Head(weight, self.head.bias, self.scale, self.softcap, module)  # type: ignore[arg-type]
@@ -139,7 +142,8 @@ def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
 def masked_classes(config: Any) -> set[str]:
     """Return the class names of transformers' masked language models, and the one in `auto_map`.
 
-    Without a class in `auto_map`, the set contains an empty string, which is no class name.
+    `auto_map` is the configuration's table of classes that the model's folder defines. If it names
+    no masked class, the set contains an empty string, which is no class name.
     """
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM", "")
     return set(_masked_classes_by_type().values()) | {str(remote).rpartition(".")[2]}
@@ -165,7 +169,10 @@ def _masked_classes_by_type() -> dict[str, str]:
 
 
 def _refuse_encoder_decoder(config: Any, *names: str) -> None:
-    """Validate that the names of a model's class and base classes are not of an encoder-decoder."""
+    """Validate that a configuration with class names does not describe an encoder-decoder.
+
+    The decoder alone, with the name of a causal class, is accepted. Raises InvalidArgumentError.
+    """
     decoder_alone = not _causal_classes().isdisjoint(names)
     if names and getattr(config, "is_encoder_decoder", False) and not decoder_alone:
         raise InvalidArgumentError(
@@ -215,7 +222,7 @@ def require_predicting(model: nn.Module, *, masked: bool, whose: str, of: str) -
         of: name of the data that the model is used with for the message, as in "the cache".
 
     Raises:
-        InvalidArgumentError: the model is of the other kind.
+        InvalidArgumentError: the model is of the other kind, or an encoder-decoder.
     """
     found = predicts_masked(model)
     if found == masked:
@@ -239,6 +246,9 @@ def split(model: nn.Module) -> Parts | None:
         if the model has no trunk apart from itself or cannot be run on `input_ids` alone, if it
         transforms its logits by more than a scale and a soft cap (a masked model: at all), or if
         head(trunk(x)) differs from the model's own logits by more than rounding.
+
+    Raises:
+        InvalidArgumentError: the model is an encoder-decoder with a linear head (BART).
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear:

@@ -24,7 +24,7 @@ _FAILURES = (IndexError, RuntimeError, ValueError)
 
 
 def trained_positions(model: nn.Module) -> int | None:
-    """Return the number of positions of a model; None if its configuration states none."""
+    """Return a model's maximum sequence length in tokens; None if its configuration states none."""
     config = text_config(getattr(model, "config", None))
     for name in _NAMES:
         limit = getattr(config, name, None)

@@ -85,7 +85,7 @@ def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 
 def _integer(loader: _Loader, node: Any) -> int:
-    """Return an integer of at most 64 characters, because the conversion takes quadratic time."""
+    """Convert a scalar to an integer; more than 64 characters are an error, to bound the time."""
     text = loader.construct_scalar(node)
     if len(text) > 64:
         raise _error(f"{shown(text)} has {len(text)} digits; expected at most 64", node)

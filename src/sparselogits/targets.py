@@ -45,10 +45,11 @@ class SparseTargets:
         weights: float32 [E], non-negative estimates of the teacher's probabilities.
         offsets: int64 [P + 1], non-decreasing from 0 to E.
         vocab_size: number V of the teacher's logits per position.
-        counts: int32 [E], number of rounds that drew each entry; None if the sampler
-            does not draw in rounds.
-        rounds: number of rounds per position, equal to the sum of the position's counts unless the
-            position has no entries (is masked); None if the sampler does not draw in rounds.
+        counts: int32 [E], number of sampling rounds that drew each entry; None if the sampler does
+            not draw in rounds.
+        rounds: number of sampling rounds per position, equal to the sum of the position's counts
+            unless the position has no entries (is masked); None if the sampler does not draw in
+            rounds.
         check: whether to validate the arguments; False only for arguments that are known to be
             valid, where speed matters.
 
@@ -160,7 +161,7 @@ class SparseTargets:
     def mass(self) -> Tensor:
         """Return the sum of each position's weights, float32 [P].
 
-        The expected sum of an unbiased target is one.
+        The expected sum of an unbiased target is one; the sum is zero at masked positions.
         """
         total = torch.zeros(len(self), dtype=self.weights.dtype, device=self.weights.device)
         return total.index_add_(0, self.positions, self.weights)
@@ -249,18 +250,19 @@ class SparseTargets:
         """Return the weighted sum of targets for the same positions.
 
         Entries with the same id at one position are added. If each part m is an unbiased target for
-        a distribution p_m, the result is an unbiased target for sum_m w_m p_m. If all
-        parts have counts, the result has the sums of the counts and of the rounds, and can be
-        thinned.
+        a distribution p_m, the result is an unbiased target for sum_m w_m p_m. If all parts that
+        are not ignored have counts, the result has the sums of the counts and of the rounds, and
+        can be thinned.
 
         Args:
-            parts: targets for P positions each; their vocabulary sizes may differ, because heads
-                may be padded.
+            parts: targets for P positions each, masked at the same positions. Their vocabulary
+                sizes may differ, because heads may be padded; the result has the largest.
             weights: non-negative weight of each part; parts with weight 0 are ignored.
 
         Raises:
-            InvalidTargetsError: no part has a positive weight, or the parts differ in the number of
-                positions.
+            InvalidTargetsError: no part has a positive weight, or the parts that are not ignored
+                differ in the number of positions.
+            ValueError: the numbers of parts and weights differ.
 
         Examples:
             >>> import torch
@@ -305,7 +307,7 @@ class SparseTargets:
 
         Args:
             image: int64 [V'], the new id, in [0, vocab_size), of each id of these targets; V' is at
-                least `self.vocab_size`.
+                least `self.vocab_size`. New ids are not validated.
             vocab_size: number of new ids.
 
         Examples:

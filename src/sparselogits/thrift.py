@@ -36,9 +36,10 @@ class CompactReader:
     def structure(self, depth: int = 0) -> dict[int, Any]:
         """Return the fields of the structure at the current offset, by field number.
 
-        Integers, booleans and structures (as dicts) are returned as values, strings as their
-        lengths in bytes, lists and sets as (type of the elements, number of elements), maps as
-        their numbers of entries, and floats as 0. `depth` is the number of enclosing structures.
+        Integers (those of one byte without a sign), booleans and structures (as dicts) are returned
+        as values, strings as their lengths in bytes, lists and sets as (type of the elements,
+        number of elements), maps as their numbers of entries, and floats as 0. `depth` is the
+        number of enclosing structures.
         """
         fields: dict[int, Any] = {}
         for number, kind in self.fields(depth):

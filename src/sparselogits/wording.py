@@ -42,7 +42,7 @@ def rate(per_second: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration in seconds, minutes or hours.
+    """Format a number of seconds as seconds, minutes or hours.
 
     Examples:
         >>> duration(0.31), duration(42.4), duration(600), duration(8100)
