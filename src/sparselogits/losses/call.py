@@ -21,12 +21,14 @@ from sparselogits.losses.targets import RowTargets, accumulation_dtype, place_mi
 class LossParts(NamedTuple):
     """A loss and its two parts, for logging.
 
+    All are 0-dimensional, in float32, or in float64 for float64 input.
+
     Attributes:
-        loss: (1 - alpha) * kd + alpha * ce, 0-dimensional, differentiable.
+        loss: (1 - alpha) * kd + alpha * ce, differentiable.
         kd: cross-entropy to the target, or for a dense loss the divergence; reduced like the loss,
-            0-dimensional, detached.
-        ce: cross-entropy to the label for any alpha; reduced like the loss, 0-dimensional,
-            detached. None without labels, or if alpha is 0 and ce is not requested.
+            detached.
+        ce: cross-entropy to the label for any alpha; reduced like the loss, detached. None without
+            labels, or if alpha is 0 and ce is not requested.
     """
 
     loss: Tensor
@@ -72,7 +74,7 @@ class Call:
         ids: target ids, int64 [N, K].
         weights: target weights [N, K], in the dtype given.
         row_weight: [N], in the accumulation dtype; 0 for rows excluded from the loss.
-        label: int64 [N], 0 for ignored rows; None without labels.
+        label: int64 or int32 [N], 0 for ignored rows; None without labels.
         factor: 0-dimensional; the reduction multiplies sums over rows by this factor.
         criterion: options of the loss.
     """
@@ -184,7 +186,7 @@ def _as_autocast_would(operands: Operands) -> Operands:
 
 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:  # noqa: A002
-    """Validate that input [..., D], weight [V, D] and bias [V] match, and that weight is whole."""
+    """Validate that input [..., D], weight [V, D] and bias [V] match, and no weight is sharded."""
     if hasattr(weight, "placements"):
         raise InvalidArgumentError(
             "linear_weight is a sharded DTensor, and the loss requires a whole tensor: compute the "

@@ -4,9 +4,9 @@ Each chunk takes the same three matrix products as autograd: logits = x W^T, the
 g of the logits, dx = g W and dW += g^T x. docs/loss.md states the memory.
 
 For bfloat16 and float16, softmax, sums and losses are float32. On CUDA the products also return
-logits, and weight gradients of several chunks, in float32. PyTorch has no such products on a CPU:
-logits and each chunk's contribution to the weight gradient are rounded to the input's dtype once,
-as in `F.linear`, and contributions are added in float32.
+logits, and weight gradients of several chunks, in float32. PyTorch has no such products on other
+devices: logits and each chunk's contribution to the weight gradient are rounded to the input's
+dtype once, as in `F.linear`, and contributions are added in float32.
 
 No function here synchronises with the device. Chunk sizes do not depend on free memory, because a
 resumed run has bitwise equal results only if it adds in the same order.
@@ -35,7 +35,7 @@ _MIB = 2**20
 
 
 class ChunkLosses(Protocol):
-    """Callable that computes the losses of a chunk of logits, and their gradient."""
+    """Callable that computes the losses of a chunk of rows, and the gradient of the logits."""
 
     def __call__(
         self, logits: Tensor, gradient: Tensor | None, rows: slice
@@ -192,7 +192,7 @@ def _sparse_sums(
 
 
 def _schema() -> str:
-    """Return the operator's schema: the fields of three classes, `with_ce` and `needs`."""
+    """Return the operator's schema, which lists all fields of the classes in `_unflattened`."""
     types = {"float": "float", "float | None": "float?", "int": "SymInt", "int | None": "SymInt?"}
     tensors = [
         f"Tensor{'?' if name in value._field_defaults else ''} {name}"

@@ -158,8 +158,8 @@ def linear_dense_kd(
 
     Args:
         input: hidden states of the student [N, D], in any floating-point dtype.
-        linear_weight: head of the student [V, D] in the same dtype (in any but float64 with
-            autocast).
+        linear_weight: head of the student [V, D] in the same dtype; with autocast, in any
+            floating-point dtype except float64.
         teacher: hidden states of the teacher for the same N rows, and its head.
         divergence: a `Divergence`, or a key of `DIVERGENCES`.
         beta: share of the teacher's distribution in the mixture of "jensen_shannon"; None for 1/2.

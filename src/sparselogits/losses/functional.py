@@ -74,13 +74,13 @@ def linear_sparse_cross_entropy(
 
     Args:
         input: hidden states [..., D] before the head, in any floating-point dtype.
-        linear_weight: head [V, D] in the same dtype (in any but float64 with autocast); V may
-            exceed the teacher's vocabulary.
+        linear_weight: head [V, D] in the same dtype; with autocast, in any floating-point dtype
+            except float64. V may exceed the teacher's vocabulary.
         target_ids: int64 [..., K] in [0, V); entries of a row with non-zero weight have distinct
             ids. K may be 0.
         target_weights: float [..., K], usually float32, with any sum; 0 for padding.
-        labels: int64 [...], label of each row. Rows labelled `ignore_index` are excluded from the
-            loss, including its KD part. None for no labels.
+        labels: int64 or int32 [...], label of each row. Rows labelled `ignore_index` are excluded
+            from the loss, including its KD part. None for no labels.
         linear_bias: bias [V] in the dtype of `input`; None for no bias.
         position_weights: float [...], weight of each row; None for ones.
         criterion: options of the loss.
@@ -92,7 +92,8 @@ def linear_sparse_cross_entropy(
 
     Raises:
         InvalidArgumentError: an option is invalid, labels are required and missing, shapes or
-            dtypes do not match, or `impl` is "triton" and the input float64.
+            dtypes do not match, `linear_weight` is a DTensor, or `impl` is "triton" and the input
+            float64.
         InvalidTargetsError: targets have a wrong shape or dtype.
         MissingDependencyError: `impl` is "triton" and Triton is not installed.
         TypeError: an option is not a field of `Criterion`.
@@ -102,7 +103,7 @@ def linear_sparse_cross_entropy(
 
         >>> import torch
         >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8)
-        >>> ids, weights = torch.randint(100, (6, 4)), torch.full((6, 4), 0.25)
+        >>> ids, weights = torch.rand(6, 100).topk(4).indices, torch.full((6, 4), 0.25)
         >>> loss = linear_sparse_cross_entropy(hidden, head, ids, weights, temperature=2.0)
         >>> loss.backward()
         >>> hidden.grad.shape
@@ -156,8 +157,8 @@ def sparse_cross_entropy(
     """Compute the loss of `linear_sparse_cross_entropy` from logits.
 
     With "chunked" and "triton", the forward pass allocates one tensor of the shape of the logits,
-    for their gradient. Arguments, results and errors that are not listed are those of that
-    function.
+    for their gradient. Arguments, results and errors that are not listed are those of
+    `linear_sparse_cross_entropy`.
 
     Args:
         logits: [..., V], in any floating-point dtype. If the model has already applied its scale
@@ -166,7 +167,7 @@ def sparse_cross_entropy(
     Examples:
         >>> import torch
         >>> logits = torch.randn(6, 100, requires_grad=True)
-        >>> ids, weights = torch.randint(100, (6, 4)), torch.full((6, 4), 0.25)
+        >>> ids, weights = torch.rand(6, 100).topk(4).indices, torch.full((6, 4), 0.25)
         >>> loss = sparse_cross_entropy(logits, ids, weights, labels=ids[:, 0], alpha=0.5)
         >>> bool(loss > 0)
         True
@@ -194,7 +195,7 @@ class SparseKDLoss(nn.Module):
         >>> import torch
         >>> loss = SparseKDLoss(alpha=0.1)
         >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8)
-        >>> ids, weights = torch.randint(100, (6, 4)), torch.full((6, 4), 0.25)
+        >>> ids, weights = torch.rand(6, 100).topk(4).indices, torch.full((6, 4), 0.25)
         >>> parts = loss(hidden, head, ids, weights, labels=torch.randint(100, (6,)))
         >>> parts.loss.shape
         torch.Size([])

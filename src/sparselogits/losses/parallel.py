@@ -12,7 +12,8 @@ labels are permuted alike. Megatron's [sequence, batch, ...] layout requires no 
 targets in that layout, too.
 
 Both are collective calls: every rank of the group must make them, with the same options and, for
-vocabulary-parallel, the same rows and `chunk_rows`.
+vocabulary-parallel, the same rows. Only `chunk_rows` may differ between ranks if the sequence is
+divided.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sparselogits.losses.rows import SparseLosses, Vocabulary
 class VocabularySlice(Vocabulary):
     """Reductions and indexing of logits whose columns are divided among a group's ranks.
 
-    The slices of all ranks cover the vocabulary.
+    The slices of all ranks cover the vocabulary and do not overlap.
 
     Args:
         first_id: id of this rank's first column.
@@ -69,7 +70,10 @@ class VocabularySlice(Vocabulary):
         return self._reduce(super().sum(logits), dist.ReduceOp.SUM)
 
     def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
-        """Replace logits by the softmax over all ranks; return its largest value, [R, 1]."""
+        """Replace logits by the softmax over all ranks; return its largest value, [R, 1].
+
+        `maximum` contains the largest logit over all ranks, [R, 1].
+        """
         exponentials = logits.sub_(maximum).exp_()
         largest = self.sum(exponentials).reciprocal()
         exponentials.mul_(largest)
@@ -104,7 +108,8 @@ def vocabulary_parallel_sparse_cross_entropy(
 ) -> LossParts:
     """Compute `linear_sparse_cross_entropy` with the rows of the head divided among ranks.
 
-    Arguments and errors that are not listed are those of that function.
+    Arguments and errors that are not listed are those of `linear_sparse_cross_entropy`. All
+    tensors except the slices of the head are the same on every rank. docs/loss.md has an example.
 
     Args:
         input: hidden states [..., D], the same on every rank. Every rank gets the whole gradient.
@@ -167,12 +172,13 @@ def sequence_parallel_sparse_cross_entropy(
 ) -> LossParts:
     """Compute `linear_sparse_cross_entropy` with the positions divided among ranks.
 
-    Arguments and errors that are not listed are those of that function, for this rank's rows.
+    Arguments and errors that are not listed are those of `linear_sparse_cross_entropy`, for this
+    rank's rows. docs/loss.md has an example.
 
     Args:
         input: hidden states [..., D]. The number of rows may be 0 and may differ between ranks.
         linear_weight: whole head [V, D]. Its gradient, like that of `linear_bias`, is this rank's
-            contribution, so sum it over the group (data parallelism averages it instead).
+            contribution, to be summed over the group (DDP and FSDP average by default).
         group: process group; None for all ranks.
         criterion: options of the loss; "mean" averages over the rows of all ranks. `chunk_rows`
             may differ between ranks.

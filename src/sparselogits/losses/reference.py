@@ -1,4 +1,4 @@
-"""Compute the loss from dense targets and its gradient by plain autograd, as a reference for tests.
+"""Compute the loss in plain differentiable operations on dense targets, as a reference for tests.
 
 The computation allocates several [N, V] tensors.
 """

@@ -1,6 +1,6 @@
 """Apply the missing-mass rules, and convert targets to the input for the row losses.
 
-Let t be the stored weights of a position, m = max(0, 1 - sum t) the missing mass (RS-KD paper,
+Let t be the stored weights of a position, m = max(0, 1 - sum t) the missing mass (arXiv 2503.16870,
 section 3), and V the student's vocabulary size. The rules give these targets:
 
     drop           t, unchanged
@@ -28,7 +28,7 @@ class RowTargets(NamedTuple):
         weights: [N, E]; 0 for padding. With "ground_truth" the last column belongs to the label.
         row_weight: [N]; 0 for rows excluded from the loss (ignored label or position weight 0).
         mass: total mass of the target after the missing-mass rule, [N].
-        label: int64 [N], 0 for ignored rows; None without labels.
+        label: int64 or int32 [N], 0 for ignored rows; None without labels.
         ghost: mass of the ghost class, [N]; None without a ghost class.
         spread: mass added to every id of the vocabulary, [N]; None without smoothing.
     """
