@@ -197,6 +197,13 @@ def test_an_identity_that_lacks_something():
         check_engine(engine, TOKENS)
 
 
+def test_an_identity_that_json_cannot_represent():
+    engine = plain()
+    engine.identity["dtype"] = torch.float32
+    with pytest.raises(TeacherError, match="cannot be written as JSON"):
+        check_engine(engine, TOKENS)
+
+
 def test_a_plain_module_cannot_restart_at_documents():
     with pytest.raises(TeacherError, match="reset_attention"):
         next(plain().logits(TOKENS, [np.array([0, 5])] * 3))

@@ -96,7 +96,8 @@ def find_checkpoint(
 ) -> Checkpoint:
     """Locate the files of a model and validate them.
 
-    For a GGUF file, only the existence is validated.
+    The files of a hub name are downloaded if the hub's local cache lacks them. For a GGUF file,
+    only the existence is validated.
 
     Args:
         name: local folder, GGUF file or hub name.
@@ -435,14 +436,14 @@ def _gguf_tensors(file: Path) -> int:
 
 
 def require_plausible(found: Checkpoint) -> None:
-    """Validate a configuration's counts against the weights.
+    """Validate a configuration's numbers of layers, experts and token ids against the weights.
 
     Call this before transformers reads the configuration, because some configurations allocate a
     list with one element per layer when they are read. Without weights, as in the folder of a
-    tokenizer, the counts have fixed limits.
+    tokenizer, the numbers have fixed limits.
 
     Raises:
-        TeacherError: a count is too large for the weights, or a file cannot be read.
+        TeacherError: a number is too large for the weights, or a file cannot be read.
     """
     sizes = _weight_sizes(found.weights) if found.weights else _WeightSizes(10_000, 2**31, 0, 0)
     for key, value in _integers(_configuration(found)):

@@ -20,12 +20,12 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
     """Validate the engine of a causal model by running it on a few windows.
 
     The engine must satisfy these conditions: names and shapes are those of `Engine`; slices contain
-    every position once and in order; logits are -inf exactly at ids that are not tokens; slices may
-    be overwritten; equal tokens give equal logits; logits do not depend on other windows of a
-    batch, and before the last position not on the last token. If L >= 4, the second of two
-    documents is checked too: with document starts, this document's logits equal those of the
-    document alone, and do not depend on the first document.
-    An engine that raises a SparseLogitsError for document starts passes.
+    every position once and in order; logits are -inf at ids that are not tokens, and finite at all
+    others; slices may be overwritten; equal tokens give equal logits; logits do not depend on other
+    windows of a batch, and before the last position not on the last token. If L >= 4, the second of
+    two documents is checked too: with document starts, this document's logits equal those of the
+    document alone, and do not depend on the first document. An engine that raises a
+    SparseLogitsError for document starts passes.
 
     Args:
         engine: engine to validate.
@@ -38,8 +38,12 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
             shape.
 
     Example:
-        >>> teacher = ModuleTeacher(trunk, head, token_mask=mask, name="x", architecture="mine")
-        >>> check_engine(teacher, torch.randint(1000, (2, 64)))
+        >>> import torch
+        >>> from sparselogits.teacher import ModuleTeacher
+        >>> trunk, head = torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32)
+        >>> mask = torch.ones(32, dtype=torch.bool)
+        >>> teacher = ModuleTeacher(trunk, head, token_mask=mask, name="x", architecture="bigrams")
+        >>> check_engine(teacher, torch.randint(32, (2, 64)))
     """
     if tokens.ndim != 2 or min(tokens.shape) < 2:
         raise TeacherError(
@@ -53,7 +57,12 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
     lacking = [key for key in IDENTITY if key not in engine.identity]
     if lacking:
         raise TeacherError(f"the identity lacks {', '.join(lacking)}; expected {IDENTITY}")
-    canonical_json(engine.identity)
+    try:
+        canonical_json(engine.identity)
+    except (TypeError, ValueError) as error:
+        raise TeacherError(
+            f"the identity cannot be written as JSON ({error}); give text, numbers, lists and dicts"
+        ) from error
     whole = _logits(engine, tokens)
     not_tokens = ~mask.cpu()
     if not bool((whole[..., not_tokens] == -torch.inf).all()):

@@ -161,6 +161,7 @@ def load_teacher(
     Warns:
         SlowFormatWarning: `dtype` is "auto", and the model is on a CPU without instructions for
             products in the dtype of the checkpoint. With torchrun, only rank 0 warns.
+        SparseLogitsWarning: a check in `allow` failed, or see `TransformersTeacher`.
 
     Raises:
         TeacherError: the model cannot be read, has no trained head, does not match the tokenizer,
@@ -317,8 +318,8 @@ def _load(
 def names_masked_model(name: str, *, trust_remote_code: bool = False) -> bool:
     """Return whether a checkpoint, or the base of an adapter, is that of a masked language model.
 
-    The result is False if the configuration cannot be read. The arguments are those of
-    `load_tokenizer`.
+    The result is False for a GGUF file, and if the configuration cannot be read. The arguments are
+    those of `load_tokenizer`.
     """
     try:
         source, arguments = locate_model(name)
@@ -389,11 +390,11 @@ def _resize_for(found: Checkpoint, base: nn.Module) -> None:
 
 
 def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ()) -> Tensor:
-    """Return the mask of a head's rows whose ids are tokens of the tokenizer, bool [V].
+    """Return the mask of a model's ids that are tokens of the tokenizer, bool [V].
 
     Args:
         tokenizer: a transformers tokenizer.
-        model: a transformers language model whose head has V rows.
+        model: a transformers language model with V logits per position.
         allow: names of `ALLOWANCES`; "tokens-without-rows" turns the error into a warning.
 
     Raises:
@@ -472,6 +473,7 @@ def locate_model(name: str) -> tuple[str, dict[str, Any]]:
 
     Raises:
         TeacherError: the path does not exist, or its files are invalid.
+        MissingDependencyError: packages that "demo" needs are missing.
     """
     name = model_named(name)
     if Path(name).is_dir():

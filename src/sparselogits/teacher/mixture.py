@@ -27,6 +27,15 @@ class MixtureTeacher:
     Raises:
         InvalidArgumentError: there is no teacher, the number of weights differs from the number of
             teachers, a weight is not positive, or the sum of the weights is not 1.
+
+    Example:
+        >>> from sparselogits.teacher import ModuleTeacher
+        >>> def bigrams(name: str) -> ModuleTeacher:
+        ...     layers = torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32)
+        ...     mask = torch.ones(32, dtype=torch.bool)
+        ...     return ModuleTeacher(*layers, token_mask=mask, name=name, architecture="bigrams")
+        >>> MixtureTeacher([bigrams("one"), bigrams("other")], [0.25, 0.75]).identity["name"]
+        '0.25 x one, 0.75 x other'
     """
 
     def __init__(self, teachers: Sequence[Engine], weights: Sequence[float]) -> None:

@@ -41,6 +41,11 @@ class TransformersTeacher:
 
     Raises:
         TeacherError: the model has no language-model head, or `token_mask` has another shape.
+        InvalidArgumentError: the model is an encoder-decoder (BART).
+
+    Warns:
+        SparseLogitsWarning: the model cannot be split into trunk and head, so the logits of a whole
+            window are in memory.
     """
 
     def __init__(
@@ -133,7 +138,8 @@ class TransformersTeacher:
 
         Raises:
             TeacherError: the model cannot be split into trunk and head.
-            InvalidArgumentError: the model cannot separate the documents of a window.
+            InvalidArgumentError: the model cannot separate the documents of a window, or fails
+                because a window is longer than its positions.
         """
         if self._parts is None:
             raise TeacherError(

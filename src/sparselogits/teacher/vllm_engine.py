@@ -327,7 +327,7 @@ def _require_same_states(
 ) -> None:
     """Validate on two short windows that vLLM's states are close to those of transformers.
 
-    The states differ if a model scales them between the last norm and the head.
+    They differ if, for example, a model scales its states between the last norm and the head.
 
     Raises:
         TeacherError: the states differ.
