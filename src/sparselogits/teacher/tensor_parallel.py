@@ -76,7 +76,7 @@ class Leader:
         self._teacher.check_window(length, restarts=restarts)
 
     def check_padding(self) -> None:
-        """Validate that the model reads no padding; see `TransformersTeacher.check_padding`."""
+        """Validate that padding changes no output; see `TransformersTeacher.check_padding`."""
         _broadcast(("check_padding", ()))
         self._teacher.check_padding()
 

@@ -122,7 +122,7 @@ class TransformersTeacher:
         check_window(self.model, self._run, length, restarts=restarts)
 
     def check_padding(self) -> None:
-        """Validate that the model reads no padding; see `documents.require_masked_padding`."""
+        """Validate that padding changes no output; see `documents.require_masked_padding`."""
         require_masked_padding(self.model, self._run)
 
     @torch.no_grad()
