@@ -202,6 +202,8 @@ def test_an_output_folder_in_use(tokenizer, tmp_path):
         (lambda out: write_part(out, [1], [True], [1]), "are int32, bool, int32, expected"),
         (lambda out: write_part(out, [1], [True], [None]), "are int32, bool, object, expected"),
         (lambda out: flip(out / "frequencies.parquet"), "frequencies.parquet is damaged"),
+        (lambda out: write_frequencies(out, [1, 2]), r"found int64 \[2\], expected int64 \["),
+        (lambda out: write_frequencies(out, ["a"]), r"found object \[1\], expected int64 \["),
     ],
 )
 def test_damage_on_disk(tokenizer, tmp_path, damage, message):
@@ -222,6 +224,10 @@ def write_part(out: Path, *columns: list[int | bool | None]) -> None:
     table = pa.table(arrays, names=["token", "document_start", "learnt"][: len(arrays)])
     path = out / "training" / "part-00000000.parquet"
     pq.write_table(table, path, store_schema=False, use_dictionary=False)
+
+
+def write_frequencies(out: Path, counts: list[int] | list[str]) -> None:
+    pq.write_table(pa.table({"count": counts}), out / "frequencies.parquet")
 
 
 def flip(path: Path) -> None:

@@ -145,6 +145,23 @@ def test_the_card_of_a_dataset_names_files(tmp_path):
     assert len(open_source(folder).files) == 5
 
 
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ("5", "cannot be divided into splits"),
+        ("{train: 5}", "cannot be divided into splits: `data_files` in README.md contains a pat"),
+        ("[a.jsonl, null]", "cannot be divided into splits: `data_files` in README.md contains a"),
+        ("[{split: [1], path: a.jsonl}]", "cannot be divided into splits"),
+        ("missing.jsonl", r"its splits \(with numbers of files\) are none\. Give"),
+    ],
+)
+def test_a_card_with_other_values_than_patterns(patterns, message, tmp_path):
+    card = f"---\nconfigs: [{{config_name: default, data_files: {patterns}}}]\n---\n"
+    folder = lay_out(tmp_path / "pages", ["a.jsonl"], card)
+    with pytest.raises(CorpusError, match=message):
+        open_source(folder)
+
+
 @pytest.mark.parametrize("names", [["a.md", "testing.md", "train.rst"], ["a.txt", "b.txt"]])
 def test_pages_of_text_are_all_read(names, tmp_path):
     """Documentation is not divided because a page of it is called testing.md."""

@@ -206,8 +206,9 @@ def _folder(folder: Path, split: str, configuration: str | None) -> Located:
             counts = [f"{other} ({len(files)})" for other, files in splits.items() if files]
             raise CorpusError(
                 f"{folder} has no files of the split `{split}`; by their names its splits (with "
-                f"numbers of files) are {', '.join(counts)}. Give one of them (--split), or name "
-                f"the files by a pattern, such as '{folder}/**/*.jsonl', to read all of them"
+                f"numbers of files) are {', '.join(counts) or 'none'}. Give one of them (--split), "
+                "or name the files by a pattern, such as "
+                f"'{folder}/**/*.jsonl', to read all of them"
             )
     elif split != "train":
         raise CorpusError(

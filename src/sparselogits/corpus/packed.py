@@ -267,7 +267,10 @@ class PackedCorpus:
         try:
             table = pq.read_table(path, page_checksum_verification=True)
             counts: NDArray[np.int64] = table.column("count").to_numpy()
-        except (OSError, pa.ArrowException, KeyError) as error:
+            if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
+                found = f"{counts.dtype} [{len(counts)}]"
+                raise ValueError(f"found {found}, expected int64 [{self.vocab_size}]")
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise CorpusError(f"{path} is damaged ({error}); pack the corpus again") from error
         return counts
 

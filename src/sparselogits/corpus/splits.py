@@ -64,11 +64,13 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
     try:
         if chosen.get("data_files") is not None:
             patterns = data_files.sanitize_patterns(chosen["data_files"])
+            if not all(isinstance(each, str) for own in patterns.values() for each in own):
+                raise ValueError("`data_files` in README.md contains a pattern that is not text")
         else:
             patterns = data_files._get_data_files_patterns(resolve)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # `data_files` of another form is a TypeError
         raise CorpusError(
             f"the files of {folder} cannot be divided into splits: {printable(str(error), 300)}. "
             "Name the files by a pattern"
