@@ -23,7 +23,11 @@ from sparselogits.locks import FileLock, Held
 def is_abandoned(paths: Paths) -> bool:
     """Return whether no part in a folder is finished and no process is packing into the folder.
 
-    Another text may then replace the claim. Without support for locks, the result is False.
+    Another text may then replace the claim. Without support for locks, the result is False. With
+    locks, unless a part is finished, a missing folder and its lock file are created.
+
+    Raises:
+        StorageError: the lock file cannot be created.
     """
     if paths.begun:
         return False
@@ -48,8 +52,8 @@ def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Callable[[],
     Raises:
         IdentityMismatchError: the folder belongs to another text; the message contains the
             differing fields.
-        CorpusError: the folder contains other files, or parts of a corpus whose `corpus.json` is
-            missing or damaged.
+        CorpusError: the folder contains other files, a damaged `corpus.json`, or parts of a corpus
+            without `corpus.json`.
         StorageError: the folder cannot be written.
     """
     lock = FileLock(paths.lock)

@@ -54,11 +54,13 @@ class Conversation:
 
 
 def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversation:
-    """Return the conversation in the fields `names` of a record: one, or `prompt` and `completion`.
+    """Return the conversation in the fields `names` of a record.
+
+    `names` contains one field, or `prompt` and `completion`.
 
     Raises:
-        CorpusError: a message is invalid (the error states its number, from 1), or another value
-            has the wrong type.
+        CorpusError: a message is invalid, or a field has the wrong type or is not valid JSON; the
+            error names the field.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]

@@ -7,7 +7,7 @@ content. The fingerprint of the source depends only on the lines written, not on
 object that holds the records.
 
 Writing costs one pass over the records and disk space for their text. For a dataset that exists
-unchanged on disk or on the hub, give its name instead: its files are then read directly.
+unchanged on disk or on the hub, give its path or name instead: its files are then read directly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Records = Iterable[Mapping[str, Any]]
 
 
 def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceFile:
-    """Write records to a JSON lines file whose name contains its hash, and return the file.
+    """Write records to a JSON lines file that is named by the hash of its content; return the file.
 
     Args:
         records: at least one record.
@@ -41,8 +41,8 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
         folder: folder of the file; None for the folder "records" in the user's cache folder.
 
     Raises:
-        CorpusError: there are no records, a record is not a dict or has no field for text, or a
-            value cannot be written as JSON.
+        CorpusError: `records` is not an iterable of dicts or is empty, a record has no field for
+            text, or a value cannot be written as JSON.
         StorageError: the folder cannot be written.
     """
     rows, schema = _plain(records)
@@ -62,8 +62,8 @@ def chosen_split(records: Any, split: str) -> Any:
     """Return one split of a `DatasetDict` or other mapping; return any other object unchanged.
 
     Raises:
-        CorpusError: the split does not exist, or other records are neither `train` nor marked as
-            the split by an attribute `split`, as in `datasets`.
+        CorpusError: the mapping has no such split. For other objects: `split` is neither "train"
+            nor the object's attribute `split`, which a `datasets.Dataset` has.
     """
     if not isinstance(records, Mapping):
         if split not in ("train", getattr(records, "split", None)):
@@ -81,7 +81,7 @@ def chosen_split(records: Any, split: str) -> Any:
 
 
 def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
-    """Return the rows, and the types of their columns; None if the records do not declare types."""
+    """Return the rows and their schema, which is None if the records do not declare types."""
     if hasattr(records, "with_format"):  # a dataset may be set to return tensors or arrays
         features = getattr(records, "features", None)
         if features is None:  # of a mapped stream, where the nulls that Arrow added are unknown
@@ -97,7 +97,7 @@ def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
 
 
 def _lines(records: Records, schema: pa.Schema | None, fields: Fields) -> Iterator[bytes]:
-    """Yield each record as a line of JSON with the fields that contain its text."""
+    """Yield each record as a line of JSON with the fields that determine its text or tokens."""
     kinds = {field.name: field.type for field in schema} if schema is not None else {}
     number = -1
     for number, record in enumerate(records):

@@ -60,7 +60,7 @@ _ROWS = 1 << 14  # number of rows per row group of a table
 _BIN_BITS = 16
 _CACHED_PARTS = 4
 _WINDOWS_FOR_A_GAP = 10  # shorter texts have no gap before the hold-out
-_DROPPED_SHARE = 0.02  # maximum share of the tokens that the rule "documents" may drop
+_DROPPED_SHARE = 0.02  # the rule "documents" may drop this share of the tokens, or one window
 
 
 class DocumentTable:
@@ -180,7 +180,8 @@ def choose_split(
 class SelectedStream:
     """Stream of the tokens that `extents` selects in each part of a stream; threads may share it.
 
-    `lengths` contains the number of selected tokens in each part.
+    `extents` is a function from the number of a part to the ranges selected in it, and `lengths`
+    contains the number of selected tokens in each part.
     """
 
     def __init__(

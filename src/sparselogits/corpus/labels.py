@@ -42,7 +42,8 @@ class DocumentLabels:
 
     Args:
         corpus: the packed corpus.
-        data: text from which the corpus was packed, as for `open_source`.
+        data: path of the text from which the corpus was packed, or name of the dataset, as for
+            `open_source`.
         field: name of the field with the label, see `Fields.label`.
         tokenizer: tokenizer with which the text was packed; for text, only its chat
             template is compared.
@@ -51,8 +52,8 @@ class DocumentLabels:
     Raises:
         IdentityMismatchError: the corpus was packed from other text, with another chat template, or
             from ids of another tokenizer.
-        InvalidArgumentError: the text has no fields.
-        CorpusError: the text cannot be read.
+        InvalidArgumentError: a file of the text contains no records with named fields.
+        CorpusError: the text or `corpus.json` cannot be read.
     """
 
     def __init__(

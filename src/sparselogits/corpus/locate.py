@@ -78,8 +78,8 @@ def locate(data: str, split: str) -> Located:
         split: split to read, if the dataset has several.
 
     Raises:
-        CorpusError: no file is found, the files are not text or tokens in a known format, or the
-            split does not exist.
+        CorpusError: no file is found or can be read, no file has a known format, all files are
+            empty, or the split does not exist.
     """
     path = Path(data).expanduser()
     base, _, configuration = data.rpartition(":")
@@ -299,9 +299,10 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _is_dataset(names: Sequence[str]) -> bool:
-    """Return whether files form a dataset: some contain records, or most text files are .txt.
+    """Return whether suffixes suggest a dataset: some of records, or more .txt than other text.
 
-    Only such files are assigned to splits by name; a documentation page `testing.md` is no split.
+    Only files of a dataset are assigned to splits by name; a documentation page `testing.md` is not
+    a split.
     """
     counts = Counter(content_suffix(Path(name)) for name in names)
     records = pages = 0

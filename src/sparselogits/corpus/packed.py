@@ -126,12 +126,30 @@ class PackedCorpus:
     """Windows of tokens on disk, written by `pack` and opened by `PackedCorpus.open`.
 
     A corpus can be shared between threads and pickled; a pickled copy opens the files again.
+
+    Attributes:
+        folder: folder of the corpus.
+        packing: rules by which the windows were formed.
+        summary: numbers of documents, characters and tokens.
+        holdout_windows: number of windows held out for evaluation.
+        stream: all tokens, including held-out tokens in format 2 only.
+        vocab_size: number V of the teacher's logits per position; all ids are smaller.
+        source_name: name of the text, for display.
+        source_fingerprint: hexadecimal sha256 of names and samples of the text's files.
+        text_fingerprint: hexadecimal sha256 of the source's description, without the name.
+        tokenizer_fingerprint: fingerprint of the tokenizer, hexadecimal sha256.
+        pads_rows: whether each window is a row of token ids, padded at the end if the row is
+            shorter.
+        format: version of the format on disk, one of `FORMAT_VERSIONS`.
+
+    Example:
+        >>> corpus = PackedCorpus.open("my-cache/corpus")
+        >>> [window.tokens.shape for window in corpus.read(0, 2)]
+        [(32,), (32,)]
     """
 
     holdout_windows: int
-    """Number of windows held out for evaluation."""
     stream: TokenStream
-    """All tokens, held-out tokens included; in format 1, without those."""
 
     def __init__(self, folder: Path, made_from: dict[str, Any], index: dict[str, Any]) -> None:
         self.folder = folder
@@ -143,7 +161,6 @@ class PackedCorpus:
         self.vocab_size: int = made_from["vocab_size"]
         rows = made_from["source"].get("tokens", {}).get("rows")
         self.pads_rows: bool = rows == "windows"
-        """Whether each window is a row of token ids, padded at the end if the row is shorter."""
         self.summary = CorpusSummary(**index["summary"])
         self.format: int = made_from["format"]
         self._training: _Stream
@@ -241,8 +258,11 @@ class PackedCorpus:
         """Return the ranges of `stream` that contain the tokens of the training windows.
 
         Args:
-            start: index of the first training window.
-            stop: index after the last training window.
+            start: index of the first requested window.
+            stop: index after the last requested window, at most `windows`.
+
+        Raises:
+            CorpusError: a document table is damaged.
         """
         length = self.packing.window_length
         return list(self._training.ranges(start * length, stop * length))
@@ -258,7 +278,7 @@ class PackedCorpus:
 
     @cached_property
     def token_frequencies(self) -> NDArray[np.int64]:
-        """Frequency of each id in the training windows, int64 [V].
+        """Number of occurrences of each id in the training windows, int64 [V].
 
         Raises:
             CorpusError: frequencies.parquet is missing or damaged.
@@ -408,7 +428,7 @@ def _require_windows(total: Counts, packing: Packing, split: Split | None) -> No
 
 
 def recorded_vocabulary(folder: Path) -> int | None:
-    """Return the vocabulary size in a folder's corpus.json; None if either is missing.
+    """Return the vocabulary size in a folder's corpus.json; None without the file or a valid size.
 
     Raises:
         CorpusError: corpus.json cannot be read.

@@ -78,8 +78,9 @@ def pack(
             ids in the source must have been computed with it.
         packing: rules that form windows from documents, usually from `packing_for`.
         out: folder for the packed corpus; it must contain nothing else.
-        vocab_size: number of columns in the teacher's head; ids must be smaller.
-        progress: called repeatedly with the number of packed bytes of text and their total.
+        vocab_size: number V of the teacher's logits per position; ids must be smaller.
+        progress: function that is called repeatedly with the number of packed bytes of text and the
+            total number.
         processes: number of processes that tokenise in parallel; a single process uses the threads
             of the tokenizer.
         part_bytes: size in bytes of the text in one part.

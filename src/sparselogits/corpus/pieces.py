@@ -74,7 +74,7 @@ class Piece:
     rendered: bool = False
     """Whether a chat template rendered the text; if so, no beginning-of-text token is added."""
     tokens: TokenRow | None = None
-    """Tokens of a document that is given as token ids, with all separators; None for text."""
+    """Tokens of a row of token ids, to which no special tokens are added; None for text."""
     label: str | None = None
     """Label of the document, see `Fields.label`; None for a document without a label."""
 

@@ -1,12 +1,13 @@
 """Convert records with named fields to documents, independently of their file format.
 
-A record contains text in one field, or a `prompt` and a `completion`, or a conversation. If several
-of them are present, the first that is not empty is used, in this order, so that one file may
-contain records of different forms. Prompt and completion are tokenised separately, as at inference;
-with `completion_only` the tokens of the prompt carry no targets. A conversation (`prompt` and
-`completion` may be messages, too) is rendered to one text by a chat template and tokenised at once
-up to `CONVERSATION_BYTES`; without `completion`, its completions are the assistant's turns. A
-record without text (with `completion_only`, without a completion) is counted but not packed.
+A record contains token ids (see `token_rows`), or text in one of three forms: a field, a `prompt`
+and a `completion`, or a conversation. If several forms are present, the first that is not empty is
+used, in this order, so that one file may contain records of different forms. Prompt and completion
+are tokenised separately, as at inference; with `completion_only` the tokens of the prompt carry no
+targets. A conversation (`prompt` and `completion` may be messages, too) is rendered to one text by
+a chat template and tokenised at once up to `CONVERSATION_BYTES`; without `completion`, its
+completions are the assistant's turns. A record without text (with `completion_only`, without a
+completion) is counted but not packed.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Fields:
         """Return the names of the fields that contain a record's text, which may be empty.
 
         Raises:
-            CorpusError: the record has no such fields; the message contains those that it has.
+            CorpusError: the record has no such fields, or contains only plain text although
+                `completion_only` is set; the message contains the fields that it has.
         """
         forms = self._forms(record)
         if self.completion_only and _is_list_of_objects(record.get(self.text)):
@@ -141,7 +143,7 @@ class Fields:
         )
 
     def _label_path(self, found: Collection[str]) -> list[str]:
-        """Return the names of the field that contains the label and of those within its value."""
+        """Return the keys that lead to the label: a field, then keys within its value, if any."""
         if self.label is None:
             return []
         return [self.label] if self.label in found else self.label.split(".")
@@ -184,7 +186,10 @@ def _is_list_of_objects(value: object) -> bool:
 
 
 def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
-    """Yield the pieces of a record's text; a record without text yields one blank piece.
+    """Yield the pieces of a record's text or token ids.
+
+    A record that has no text or tokens, or, with `completion_only`, no completion, yields one blank
+    piece.
 
     Raises:
         CorpusError: a field is missing or invalid, or the chat template cannot render the

@@ -96,7 +96,8 @@ class Renderer:
         determine the loss mask; otherwise there are no ranges.
 
         Raises:
-            RenderError: the template raises an error, or the loss mask cannot be determined.
+            RenderError: the template raises an error or writes too much text, or the loss mask
+                cannot be determined.
         """
         render = _BoundTemplate(self, request)
         messages = self._readable(render, request["messages"])
@@ -128,7 +129,7 @@ class Renderer:
 
 
 class _Turns:
-    """Locator of turns in the text of a conversation; `number` is the index of a turn's message."""
+    """Locator of turns in a conversation's text; methods take the index `number` of a message."""
 
     def __init__(self, render: _BoundTemplate, messages: Sequence[Message], text: str) -> None:
         self._render, self._messages, self._text = render, messages, text
@@ -340,7 +341,7 @@ class _BoundTemplate:
         return text, [(start, stop) for start, stop in blocks[0] if start < stop <= len(text)]
 
     def attempt(self, messages: Sequence[Message], *, opened: bool = False) -> str | None:
-        """Return the result of `text`; None if the template cannot render the messages."""
+        """Return the result of `text`, "" for an empty request; None if the template fails."""
         if not messages and not opened:
             return ""
         with suppress(RenderError):

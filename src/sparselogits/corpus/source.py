@@ -132,7 +132,7 @@ class Source:
         Args:
             tokenizer: a transformers tokenizer.
             packing: rules that form windows; required for token ids.
-            vocab_size: number of columns in the teacher's head; token ids must be smaller.
+            vocab_size: number V of the teacher's logits per position; token ids must be smaller.
 
         Raises:
             IdentityMismatchError: the source contains token ids of another tokenizer.
@@ -159,7 +159,12 @@ class Source:
         return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
 
     def portions(self, portion_bytes: int) -> list[Portion]:
-        """Divide the source into consecutive portions of about `portion_bytes` bytes."""
+        """Divide the source into consecutive portions of about `portion_bytes` bytes.
+
+        Raises:
+            CorpusError: a file cannot be read or lacks the fields, or the source contains token ids
+                and `read_by` was not called with a packing.
+        """
         portions: list[Portion] = []
         spans: list[Span] = []
         size = 0
@@ -174,13 +179,22 @@ class Source:
         return [*portions, tuple(spans)] if spans else portions
 
     def pieces(self, portion: Portion) -> Iterator[Piece]:
-        """Yield the pieces of a portion's text, in order."""
+        """Yield the pieces of a portion's text or token ids, in order.
+
+        Raises:
+            CorpusError: a file cannot be read, or a record cannot be converted to text or tokens.
+        """
         for span in portion:
             with read_errors(span.file.path):
                 yield from span.file.format.pieces(span, self.fields)
 
     def documents(self) -> Iterator[str]:
-        """Yield each document of text that is not blank as one string, to inspect a corpus."""
+        """Yield each document of text that is not blank as one string, to inspect a corpus.
+
+        Raises:
+            CorpusError: the text cannot be read, the source contains token ids, or a conversation
+                is reached without the chat template that `read_by` sets.
+        """
         parts: list[str] = []
         for portion in self.portions(1 << 62):
             for piece in self.pieces(portion):
@@ -219,8 +233,8 @@ def open_source(
         work: folder to which given records are written; None for one in the user's cache folder.
 
     Raises:
-        CorpusError: the text does not exist, the folder contains no text, a file cannot be read, or
-            the files are of another kind than the options require.
+        CorpusError: the text or the split does not exist, the folder contains no text, a file
+            cannot be read, or the files are of another kind than the options require.
         InvalidArgumentError: `completion_only` is given with `tokenized_by`, or `join_rows` without
             `tokenized_by`.
         StorageError: given records cannot be written to `work`.

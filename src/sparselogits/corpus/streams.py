@@ -58,7 +58,7 @@ class Counts:
     """Numbers of documents, characters and tokens in one part of a stream, or in several."""
 
     documents: int = 0
-    """Number of documents that begin in the part; a row of token ids counts as one document."""
+    """Number of documents that begin in these parts; a row of token ids counts as one document."""
     blank_documents: int = 0
     """Number of documents that are not packed because they contain no text to train on."""
     characters: int = 0
@@ -76,7 +76,7 @@ class Tokens(NamedTuple):
     ids: NDArray[np.int32]
     """Token ids, int32 [N]."""
     starts: NDArray[np.bool_]
-    """Whether each token is the first of a document, bool [N]."""
+    """Whether each token is the first of a document or of padding, bool [N]."""
     learnt: NDArray[np.bool_] | None
     """Whether each token carries a target, bool [N]; None in text without a loss mask."""
 
@@ -133,7 +133,7 @@ def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]
 def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartWriter]:
     """Open a part for writing; the file appears if the block ends without an exception.
 
-    `masked` states whether some tokens carry no target.
+    Ids must be smaller than `vocab_size`, and `masked` states whether some tokens carry no target.
     """
     names = [("token", pa.int32()), ("document_start", pa.bool_())]
     schema = pa.schema([*names, ("learnt", pa.bool_())] if masked else names)
@@ -170,8 +170,10 @@ class PartWriter:
 
         Args:
             ids: token ids, int64 [N].
-            learnt: whether each token (bool [N]), or every token, carries a target.
-            starts: whether each token is the first of a document, bool [N]; None if none is.
+            learnt: whether each token (bool [N]), or every token, carries a target; ignored in a
+                part without a loss mask.
+            starts: whether each token is the first of a document or of padding, bool [N], besides
+                the one that `begin_document` marks; None if no other is.
 
         Raises:
             CorpusError: an id is not smaller than the vocabulary size.

@@ -1,4 +1,4 @@
-"""Define the bytes of each token of a tokenizer, and tokenise byte strings within a text.
+"""Determine the bytes of each token of a tokenizer, and tokenise texts and byte strings.
 
 A token of a byte-level tokenizer (GPT-2 and its successors) or of a SentencePiece tokenizer stands
 for a fixed byte string, so two tokenisations of one text can be compared byte by byte. Tokenizers
@@ -61,7 +61,8 @@ class TokenBytes:
         special: content of each special token by id; special tokens stand for no bytes of the text.
         bytes_of: byte string of each id; empty for special tokens and unused ids.
         bos_id: id of the first token that the tokenizer adds before a text; None for no token.
-        first_of: function `_first_of` with a cache of its results.
+        first_of: function from a byte string to the id of its first token, see `_first_of`; results
+            are cached.
 
     Raises:
         InvalidArgumentError: the tokenizer is not fast, drops bytes of a text, or is neither
@@ -232,10 +233,10 @@ class TokenBytes:
     # -- tokenisation ------------------------------------------------------------------------------
 
     def encode(self, texts: Sequence[str], begins: Sequence[bool]) -> list[ByteTokens]:
-        """Tokenise texts; positions are in the UTF-8 bytes of each text.
+        """Tokenise texts, and return the tokens of each with positions in its UTF-8 bytes.
 
         Args:
-            texts: the texts, without special tokens.
+            texts: the texts; special tokens in them are read as plain text.
             begins: whether each text begins a document, where the tokenizer may add a space.
         """
         results: list[ByteTokens | None] = [None] * len(texts)
@@ -277,10 +278,11 @@ class TokenBytes:
         return [] if -1 in ids else ids
 
     def _first_of(self, data: bytes, begins: bool = False) -> int:
-        """Return the first token of a byte string that is tokenised by itself.
+        """Return the id of the first token of a byte string that is tokenised by itself.
 
         Bytes from the first invalid UTF-8 on are left out, unless there is nothing before them or
-        the tokenizer is byte-level. The result is -1 if no token can stand for the bytes.
+        the tokenizer is byte-level. If no token stands for the bytes, the result is the unknown
+        token, or -1 if there is none.
 
         Args:
             data: bytes that follow a boundary between tokens.

@@ -57,7 +57,7 @@ class TokenReading:
     packing: Packing | None = None
     """Rules that form the windows; None until `pack` sets them."""
     vocab_size: int = 0
-    """Number of columns in the teacher's head; 0 until `pack` sets it."""
+    """Number V of the teacher's logits per position; 0 until `pack` sets it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the description of the settings in a packed corpus, as plain JSON values."""

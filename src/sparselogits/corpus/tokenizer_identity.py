@@ -34,8 +34,9 @@ class TokenizerFingerprint(str):
 
     Args:
         value: the fingerprint.
-        ids: hexadecimal sha256 of the vocabulary, normalisation and pre-tokenizer, without added
-            tokens; for a slow tokenizer, of its class, vocabulary and vocabulary files.
+        ids: hexadecimal sha256 of the model (vocabulary, merges), normaliser and pre-tokenizer,
+            without added tokens; for a slow tokenizer, of its class, vocabulary and vocabulary
+            files.
         added: texts of the tokens that were added to the vocabulary, by their ids as strings.
         roles: texts of the special tokens by role ("eos", "pad", ...).
     """
@@ -71,10 +72,10 @@ class TokenizerFingerprint(str):
 def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
     """Return the fingerprint of a tokenizer.
 
-    The fingerprint of a fast tokenizer is computed from the canonical JSON of the compiled
-    tokenizer, without the state of the last call (truncation, padding), that of a slow tokenizer
-    from its class, its vocabulary and the vocabulary files; both also from the ids of the special
-    tokens and `split_special_tokens`. Saving and loading a tokenizer preserves its fingerprint.
+    A fast tokenizer is described by the canonical JSON of the compiled tokenizer, without the state
+    of the last call (truncation, padding), and a slow tokenizer by its class, its vocabulary and
+    the vocabulary files. The ids of the special tokens and `split_special_tokens` are hashed too.
+    Saving and loading a tokenizer preserves its fingerprint.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -115,8 +116,9 @@ def require_tokenizer(
     """Validate that each id of a tokenizer stands for the same token as in a cache.
 
     Roles of special tokens, chat template and padding may differ, and each tokenizer may have added
-    tokens that the other lacks, if no id stands for two different tokens. A `SparseLogitsWarning`
-    states differences in roles and added tokens.
+    tokens that the other lacks, if no id stands for two different tokens. Added tokens that are
+    recorded as one hash must be equal. A `SparseLogitsWarning` states differences in roles and
+    added tokens.
 
     Args:
         tokenizer: a transformers tokenizer, or its fingerprint.

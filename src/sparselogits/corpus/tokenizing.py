@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocument|>")
-"""Names of tokens that end a document, most common first."""
+"""Names of tokens that end a document, in order of preference."""
 
 BATCH_SECONDS = 30
 """Maximum time to tokenise a batch of about a megabyte, in seconds; a second is typical.
@@ -221,7 +221,7 @@ def packing_for(
     The separator is the first of these that exists: the given `separator_id`; for the kind
     "documents", the token that the tokenizer adds after text; if there is no end-of-sequence token,
     the separator token (BERT's [SEP]); the end-of-sequence token, if its name is in `END_OF_TEXT`;
-    the added token with the first name of `END_OF_TEXT`; the end-of-sequence token. The reason for
+    the first of `END_OF_TEXT` that is an added token; the end-of-sequence token. The reason for
     this order: chat models end a *turn* with their end-of-sequence token (`<|im_end|>`,
     `<|eot_id|>`), while their base models were trained on documents that end with an end-of-text
     token. Windows of the kind "documents" are padded with the padding token, or with the separator

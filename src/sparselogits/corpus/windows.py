@@ -24,18 +24,20 @@ class Packing:
     """Rules by which windows are formed from documents; part of a cache's identity.
 
     Each document is tokenised, preceded by a beginning-of-text token if `bos_id` is given, and
-    followed by the separator. There are two kinds of packing:
+    followed by the separator. A special token that the document's tokens already begin or end with
+    is not repeated. No beginning-of-text token is added before text from a chat template, and no
+    special token to token ids. There are two kinds of packing:
 
     - *joined*: the documents are concatenated in the order of the source, and the stream is cut
       into windows without gaps, so a document may begin in one window and end in another. The last
       partial window is dropped, and counted.
     - *documents*: each window has one document, padded at the end. A longer document is cut into
-      several windows, each of which has the document's special tokens. Padding, and
-      a separator that does not end a document, carry no target.
+      several windows, each of which has the special tokens. Padding, and a separator that does not
+      end a document, carry no target.
 
     Raises:
-        InvalidArgumentError: the window is too short for a token of text, an id is negative, the
-            hold-out share lies outside [0, 1), the kind is unknown, or a setting contradicts it.
+        InvalidArgumentError: the window is too short, an id is negative, the hold-out share lies
+            outside [0, 1), the kind is unknown, or a setting contradicts the kind.
 
     Example:
         >>> Packing(window_length=512, separator_id=2, bos_id=None).first_id
@@ -45,9 +47,9 @@ class Packing:
     window_length: int
     """Number L of tokens per window."""
     separator_id: int
-    """Id of the token after every document."""
+    """Id of the token after a document."""
     bos_id: int | None
-    """Id of the token before every document; None for no token."""
+    """Id of the token before a document; None for no token."""
     reset_attention: bool = False
     """Whether attention restarts at document starts; does not change the packed tokens."""
     holdout: float = 0.0
@@ -119,7 +121,7 @@ class Packing:
 
 
 def text_length(kind: str | None, document_starts: NDArray[np.int32], length: int) -> int | None:
-    """Return the number of tokens before the padding of a window; None if windows are not padded.
+    """Return the number of tokens before a window's padding; None unless `kind` is "documents".
 
     The padding counts as a document, and a window of the kind "documents" has one other document,
     so padding begins at the last document start above 0. Identities of the kind "joined" state no
@@ -145,15 +147,15 @@ class Window:
     tokens: NDArray[np.int32]
     """Token ids, int32 [L]."""
     document_starts: NDArray[np.int32]
-    """Positions of the first tokens of documents, int32 [S], ascending; without 0 if the window
-    begins in the middle of a document."""
+    """Positions of the first tokens of documents and of padding, int32 [S], ascending; without 0 if
+    the window begins in the middle of a document."""
     mask: NDArray[np.bool_] | None
     """Whether each position carries a target, bool [L], because the next token is in the window and
     is trained on. None if all tokens of the corpus are trained on."""
     learnt: NDArray[np.bool_] | None = None
     """Whether each token is trained on, bool [L]; None if all tokens of the corpus are."""
     text_length: int | None = None
-    """Number of tokens before the padding; None if the packing does not pad windows."""
+    """Number of tokens before the padding; None unless the packing kind is "documents"."""
 
 
 def fingerprint(windows: Sequence[Window], *, masks: bool = True) -> str:

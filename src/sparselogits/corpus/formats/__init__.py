@@ -66,7 +66,8 @@ def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
 def format_in_folder(path: Path) -> Format | None:
     """Return the format whose `suffixes` contain the suffix of a file; None if there is none.
 
-    The format of a compressed file must be `compressible`, but may have the suffix as a weak one.
+    For a compressed file, the format must be `compressible`, and may have the suffix among its
+    `weak_suffixes` or `named_suffixes` instead.
     """
     suffix = content_suffix(path)
     if is_compressed(path):

@@ -203,6 +203,9 @@ def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
     that are null are therefore removed. Columns that `datasets` stores as JSON text (its `Json`
     feature) are decoded with their nulls, which are part of the text; `decoded` states that they
     already are, as in the rows of `datasets`.
+
+    Raises:
+        ValueError: a value that is stored as JSON text is not JSON.
     """
     if value is None:
         return None

@@ -204,7 +204,11 @@ class Megatron(TokenFormat):
     weak_suffixes = (".idx",)
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """Return the paths of the index and of its ids. Raises CorpusError if ids are missing."""
+        """Return the paths of the index and of the file with the ids.
+
+        Raises:
+            CorpusError: the file with the ids is missing.
+        """
         ids = path.with_suffix(".bin")
         if not ids.is_file():
             raise CorpusError(
@@ -349,7 +353,7 @@ def _sequences(
 
 
 def _width(path: Path | None) -> int | None:
-    """Return the bytes per id in datatrove's metadata; None if the metadata lack them."""
+    """Return the bytes per id in datatrove's metadata; None without metadata or a valid number."""
     if path is None:
         return None
     with path.open("rb") as handle:
