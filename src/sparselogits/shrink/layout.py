@@ -55,7 +55,7 @@ class Sizes:
         hidden: width of the residual stream.
         channels: number of MLP channels per layer.
         heads: number of query heads per layer.
-        groups: number of key-value heads per layer; heads / groups query heads share each of them.
+        groups: number of key-value heads per layer, each shared by heads / groups query heads.
         head_dim: width of a head.
     """
 
@@ -108,12 +108,15 @@ class Layout:
 def sizes_of(model: nn.Module) -> Sizes:
     """Return the sizes in a model's configuration.
 
+    Sizes that the configuration lacks have the defaults channels = 4 * hidden, groups = heads and
+    head_dim = hidden // heads.
+
     Args:
         model: a transformers language model.
 
     Raises:
         ShrinkError: If the configuration lacks the number of blocks, the hidden size or the
-            number of heads, or a size differs between blocks; other sizes have defaults.
+            number of heads, or a size differs between blocks.
     """
     config = text_config(model.config)
     try:

@@ -3,10 +3,11 @@
 - Blocks: block influence, which is one minus the cosine of a block's input and output, averaged
   over positions (ShortGPT, arXiv 2403.03853); or the loss of the model without the block.
 - MLP channels and groups of attention heads: root mean square over positions of the norm of what a
-  unit adds to the result of the output projection. For a channel, this norm is the activation times
-  the norm of a column of the projection (Minitron, arXiv 2407.14679, uses the activation alone).
-- Channels of the residual stream: root of the mean square over positions of the normalised
-  activations, summed over normalisations (Minitron).
+  unit adds to the result of the output projection. For a channel, this norm is the magnitude of the
+  activation times the norm of a column of the projection (Minitron, arXiv 2407.14679, uses the
+  activation alone).
+- Channels of the residual stream: root of the sum over normalisation layers of the mean square over
+  positions of their outputs (Minitron).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from sparselogits.shrink.layout import Layout
 from sparselogits.shrink.slicing import norms_of
 
 LayerScore = Literal["influence", "loss", "spaced"]
-"""Name of a rule that selects blocks: "influence" and "loss" are scores, described above; "spaced"
-is `spaced_layers`."""
+"""Name of a rule that selects blocks: the score "influence" or "loss" (see the module's docstring),
+or "spaced", the rule of `spaced_layers`."""
 
 
 def spaced_layers(count: int, total: int) -> tuple[int, ...]:

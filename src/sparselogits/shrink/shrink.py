@@ -27,7 +27,8 @@ class Shrunk:
     """Pruned student and a description of its differences from the teacher.
 
     Args:
-        model: the student, an ordinary transformers model in the teacher's dtype.
+        model: the student, an ordinary transformers model in the teacher's dtype, on the CPU and in
+            eval mode.
         dropped_layers: indices of the teacher's blocks that were removed.
         layer_scores: score of each block in the teacher; None if blocks were not selected by score.
         before: the teacher's sizes, by field name of `Sizes`.
@@ -85,8 +86,8 @@ def shrink(
             and their total; counted anew when channels, heads and hidden channels are scored.
 
     Raises:
-        ShrinkError: If no size or an invalid one is given, or the structure of the model, or its
-            pruning to these sizes, is not supported.
+        ShrinkError: If no size or an invalid one is given; the structure of the model, or its
+            pruning to these sizes, is not supported; or "loss" is given for a masked model.
         InvalidArgumentError: If calibration windows are required, but missing or not [N, L], or
             `layer_score` is unknown.
 

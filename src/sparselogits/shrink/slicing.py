@@ -57,7 +57,7 @@ class Slicer:
         return found
 
     def _group_rows(self, name: str, groups: Tensor, repeats: int) -> Tensor:
-        """Return the row indices in a projection that belong to groups of heads."""
+        """Return the indices along a dimension of a projection that belong to groups of heads."""
         if name in self.layout.fused and self.order == "concatenated":
             sizes = self.layout.sizes
             queries = sizes.heads_per_group * sizes.head_dim
