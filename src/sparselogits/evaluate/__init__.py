@@ -1,4 +1,4 @@
-"""Measure students on held-out text: loss, divergences to the teacher, calibration, drafting."""
+"""Measure students on held-out text: loss, divergence from the teacher, calibration, drafting."""
 
 from sparselogits.evaluate.calibration import Bin, Calibration, Reliability
 from sparselogits.evaluate.drafting import Drafting, draft_from_prefixes

@@ -85,7 +85,7 @@ def draft_from_prefixes(
         teacher: teacher that verifies the drafts.
         draft: number of tokens per draft, at least 1.
         prefixes: number of prefixes per window, at least 1, at evenly spaced positions.
-        seed: random seed. The results of the first windows do not depend on the number of windows.
+        seed: random seed. The drafts in a window do not depend on the windows after it.
         progress: function that is called with the number of windows done and the total number.
 
     Raises:

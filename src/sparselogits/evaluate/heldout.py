@@ -1,7 +1,7 @@
 """Measure students and their teacher on held-out windows; docs/evaluation.md defines the metrics.
 
 The teacher runs once for all students. Logits are computed for one slice of positions at a time,
-except by a student whose head cannot be run separately; one float32 per position and model is
+except by a model whose head cannot be run separately; one float32 per position and model is
 stored, for calibration.
 """
 
@@ -46,7 +46,7 @@ from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.teacher import Engine
 
 BLOCK_ROWS = 32
-"""Number of positions whose logits are processed together on a CPU."""
+"""Number of positions whose logits are processed together, unless the teacher is on a GPU."""
 
 _LOSS, _KL, _AGREEMENT, _ACCEPTANCE, _POSITIONS = range(5)
 
@@ -71,7 +71,8 @@ class HeldOut:
         agreement_by_window: agreement of each window; empty without a teacher.
         acceptance_by_window: acceptance of each window; empty without a teacher.
         positions_by_window: number of positions with a label in each window.
-        intervals: estimates with 95 % bootstrap intervals over windows, by the names in `METRICS`.
+        intervals: estimates with 95 % bootstrap intervals over windows, by the name of the metric:
+            all of `METRICS`, without a teacher those that need none.
     """
 
     loss: float
@@ -139,9 +140,9 @@ class HeldOut:
             metric: name of the metric, one of `METRICS`.
 
         Returns:
-            float64 [W, C]. The last column is the number of positions. The others are the gap of
-            each bin for binned metrics (`ece`, `ece_equal_mass`, `overconfidence`), otherwise the
-            sum of the metric over positions.
+            float64 [W, C]. The last column is the number of positions. The others are
+            `Reliability.gaps` for binned metrics (`ece`, `ece_equal_mass`, `overconfidence`),
+            otherwise the sum of the metric over positions.
 
         Raises:
             InvalidArgumentError: the metric does not exist, or needs a teacher.
@@ -223,9 +224,10 @@ def evaluate(
         The metrics by name of the student; those of the teacher under the name "teacher".
 
     Raises:
-        InvalidArgumentError: there are no windows, labels or resamples; a student has fewer ids
-            than the teacher, or not one output per class of the draft vocabulary; or a model is
-            causal where the windows need a masked one, or the reverse.
+        InvalidArgumentError: there are no windows, labels or resamples; a student is named
+            "teacher" although a teacher is given, or has fewer ids than the teacher, or not one
+            output per class of the draft vocabulary; or a model is causal where the windows need a
+            masked one, or the reverse.
 
     Examples:
         >>> from pathlib import Path

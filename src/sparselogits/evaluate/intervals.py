@@ -65,6 +65,11 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estim
 
     Raises:
         InvalidArgumentError: there is no value, or `confidence` is outside (0, 1).
+
+    Examples:
+        >>> found = t_interval([1.0, 2.0, 3.0])
+        >>> found.mean, round(found.low, 2), round(found.high, 2)
+        (2.0, -0.48, 4.48)
     """
     count = _checked(values, confidence)
     mean = math.fsum(values) / count
@@ -352,9 +357,9 @@ def _over_models_and_windows(value: float, above: _Floats, below: _Floats) -> Es
 
 
 def _reached(rising: Callable[[float], float], start: float, step: float) -> float | None:
-    """Compute where a distribution function reaches the upper quantile, searching from `start` up.
+    """Search upwards from `start` for where a distribution function is (1 + CONFIDENCE) / 2.
 
-    The step is doubled until the quantile is enclosed; the result is None if it never is.
+    The step is doubled, up to 60 times, until the value is passed; None if it never is.
     """
     wanted = (1 + CONFIDENCE) / 2
     low = high = start
@@ -374,8 +379,9 @@ def _reached(rising: Callable[[float], float], start: float, step: float) -> flo
 def t_quantile(degrees: int, probability: float) -> float:
     """Compute a quantile of Student's t distribution, for a probability in [0.5, 1).
 
-    The quantile is found by bisection in theta = atan(t / sqrt(degrees)), in which the distribution
-    is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    `degrees` is the number of degrees of freedom, at least 1. The quantile is found by bisection in
+    theta = atan(t / sqrt(degrees)), in which the distribution is a finite sum (Abramowitz and
+    Stegun, 26.7.3 and 26.7.4).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(100):

@@ -114,7 +114,7 @@ def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def document_starts(item: Mapping[str, Any]) -> np.ndarray | None:
-    """Return the positions at which attention restarts in a window; None if it never does."""
+    """Return where attention restarts in a window, int64 [S]; None without `position_ids`."""
     if "position_ids" not in item:
         return None
     starts: np.ndarray = (item["position_ids"] == 0).nonzero().flatten().numpy()
