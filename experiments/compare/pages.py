@@ -288,6 +288,16 @@ class Findings:
         """Return the share of full KD's recovery in a healing setting, with its interval."""
         return recovery(healed(setting), method)
 
+    def recovered_in_all(self, method: str) -> str:
+        """Return the range of the mean recovery over all healing settings."""
+        shares = [healed(name).rows[method].recovered.mean for name in HEALING]
+        return f"{min(shares):.0f} to {max(shares):.0f}{SPACE}%"
+
+    def healed_bytes_in_all(self, method: str) -> str:
+        """Return the range of the bytes per token over the settings with rounded weights."""
+        sizes = [healed(name).rows[method].bytes_per_token for name in ROUNDED]
+        return f"{min(sizes):.0f} to {max(sizes):.0f}"
+
     def healed(
         self, setting: str, method: str, other: str = "", metric: str = "kl", scale: float = 1
     ) -> str:
@@ -383,6 +393,10 @@ HEALING = {
 """Descriptions of the settings of experiments/healing/healing.py by name of their results."""
 
 
+ROUNDED = ("bits3", "bits4", "bits4a8", "greedy", "drawn")
+"""Healing settings in which the weights of Top-K are rounded, as they are by default."""
+
+
 def healed(setting: str) -> Seeds:
     """Read the runs of a healing setting."""
     return Seeds(read_results(RESULTS / f"healing_{setting}.json"))
@@ -444,11 +458,14 @@ def findings() -> str:
 
 
 def filled(block: str) -> str:
-    """Wrap a paragraph; return tables, headings, lists and pictures unchanged."""
+    """Wrap a paragraph or the items of a list; return tables, headings and pictures unchanged."""
     block = block.strip("\n")
-    if block.startswith(("|", "#", "- ", "!", "<!--")):
+    if block.startswith(("|", "#", "!", "<!--")):
         return block
-    return textwrap.fill(block, 110, break_long_words=False, break_on_hyphens=False)
+    items = re.split(r"\n(?=- )", block)
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    how |= {"subsequent_indent": "  "} if block.startswith("- ") else {}
+    return "\n".join(textwrap.fill(re.sub(r"\n *", " ", item), 110, **how) for item in items)
 
 
 def pages() -> dict[Path, str]:

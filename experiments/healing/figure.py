@@ -1,19 +1,28 @@
-"""Draw the figure of a healing setting: entries (or bytes) per token against recovery.
+"""Draw figures of healing settings: recovery by setting, or by entries (or bytes) per token.
 
-python experiments/healing/figure.py experiments/results/healing_layers24.json \
-    --out docs/figures/healing_layers24.png
+    python experiments/healing/figure.py experiments/results/healing_*.json \
+        --out docs/figures/healing_settings.png
+    python experiments/healing/figure.py experiments/results/healing_layers24.json \
+        --out layers24.png --axis bytes
 
-Recovery is the share of full KD's reduction of the held-out KL, with its 95 % interval over seeds.
-A version in dark colours is written next to the figure.
+Several results give the recovery of each setting, one result its recovery by budget. Recovery is
+the share of full KD's reduction of the held-out KL, with its 95 % interval over seeds. A version in
+dark colours is written next to the figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from experiments.compare.pages import HEALING
 
 from sparselogits.lab.compare import MethodRow, Results, read_results
-from sparselogits.lab.report.charts import Drawing, budget_chart, draw_png, looks_of
+from sparselogits.lab.report.charts import SHAPES, Drawing, budget_chart, draw_png, looks_of
 
 SERIES = {
     ("systematic", None): "systematic rounds",
@@ -27,6 +36,9 @@ AXES = {
     "bytes": ("bytes_per_token", "cached targets, bytes per token"),
 }
 LEVELS = {"full": "full KD, nothing cached", "ce": "cross-entropy, no teacher"}
+
+COMPARED = ("systematic 12", "RS-KD 12", "Top-12 ghost", "Top-12", "CE")
+"""Methods of the figure of several settings."""
 
 
 def series_of(row: MethodRow) -> str | None:
@@ -72,16 +84,62 @@ def drawing(results: Results, axis: str) -> Drawing:
     return Drawing("healing", f"Storage against recovery: {results.title}", chart)
 
 
+def drawing_of_settings(settings: Mapping[str, Results]) -> Drawing:
+    """Return the chart of the recovery in each setting, in the order of `HEALING`.
+
+    Args:
+        settings: results by name of the setting.
+    """
+    import altair as alt
+
+    points: list[dict[str, Any]] = []
+    for name in (name for name in HEALING if name in settings):
+        rows = {row.method: row for row in settings[name].methods}
+        for method in COMPARED:
+            own = rows[method].recovered
+            assert own is not None
+            ends = {"low": own.seeds.low, "high": own.seeds.high}
+            points.append({"setting": HEALING[name], "method": method, "x": own.mean, **ends})
+    looks = looks_of({method: method for method in COMPARED})
+    title = "of full KD's recovery in KL, %"
+    colours = alt.Scale(domain=list(looks), range=[look.css for look in looks.values()])
+    shapes = alt.Scale(domain=list(looks), range=[SHAPES[look.shape] for look in looks.values()])
+    offset = alt.YOffset("method:N", sort=list(COMPARED))
+    axis = alt.Axis(labelLimit=300, domain=False, ticks=False, labelPadding=10)
+    base = alt.Chart(alt.InlineData(values=points)).encode(
+        y=alt.Y("setting:N", sort=None, title=None, axis=axis, scale=alt.Scale(padding=0.35)),
+        yOffset=offset,
+        color=alt.Color("method:N", scale=colours),
+    )
+    scale = alt.Scale(domain=[-10, 115], nice=False)
+    ends_of = base.mark_rule(strokeWidth=1.6, opacity=0.6, clip=True).encode(
+        x=alt.X("low:Q", title=title, scale=scale), x2="high:Q"
+    )
+    marks = base.mark_point(filled=True, size=60, opacity=1).encode(
+        x=alt.X("x:Q", title=title, scale=scale), shape=alt.Shape("method:N", scale=shapes)
+    )
+    full = alt.Chart(alt.InlineData(values=[{"x": 100}])).mark_rule(
+        strokeDash=[5, 4], color="var(--soft)"
+    )
+    chart = alt.LayerChart(layer=[full.encode(x=alt.X("x:Q", scale=scale)), ends_of, marks])
+    return Drawing("settings", "Ten steps of healing, by student and text", chart)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--axis", choices=AXES, default="entries")
     given = parser.parse_args()
-    drawn = drawing(read_results(given.results), given.axis)
-    draw_png(drawn, given.out, width=620, scale=1.25)
+    found = {file.stem.removeprefix("healing_"): read_results(file) for file in given.results}
+    drawn = drawing_of_settings(found)
+    if len(found) == 1:
+        (only,) = found.values()
+        drawn = drawing(only, given.axis)
+    size = {"width": 620, "height": 60 * len(found) if len(found) > 1 else 290}
+    draw_png(drawn, given.out, **size, scale=1.25)
     dark = given.out.with_name(f"{given.out.stem}_dark{given.out.suffix}")
-    draw_png(drawn, dark, width=620, scale=1.25, dark=True)
+    draw_png(drawn, dark, **size, scale=1.25, dark=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from sparselogits.lab.compare import compare, parse_compare_recipe, read_results
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "experiments" / "healing"
+RESULTS = ROOT / "experiments" / "results"
 
 
 def script(name: str) -> ModuleType:
@@ -135,6 +136,22 @@ def test_table_and_figure_say_what_the_results_hold(grid, tmp_path):
     assert {point["method"]: point["y"] for point in points} == pytest.approx(shares)
     figure.draw_png(drawn, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_figure_of_settings_shows_the_stored_recoveries(tmp_path):
+    figure = script("figure")
+    names = ("layers24", "bits4a8")
+    settings = {name: read_results(RESULTS / f"healing_{name}.json") for name in names}
+    drawn = figure.drawing_of_settings(settings)
+    (points,) = ([p for p in data if "method" in p] for data in _datasets(drawn.spec()) if data[1:])
+    shares = {
+        (figure.HEALING[name], row.method): row.recovered.mean
+        for name, results in settings.items()
+        for row in results.methods
+        if row.method in figure.COMPARED
+    }
+    assert {(p["setting"], p["method"]): p["x"] for p in points} == pytest.approx(shares)
+    assert len(shares) == 10
 
 
 def _datasets(spec: dict[str, Any]) -> list[list[dict[str, Any]]]:

@@ -123,7 +123,13 @@ def vega_script() -> str:
 
 
 def draw_png(
-    drawing: Drawing, path: Path, *, width: int = WIDTH, scale: float = 2, dark: bool = False
+    drawing: Drawing,
+    path: Path,
+    *,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    scale: float = 2,
+    dark: bool = False,
 ) -> None:
     """Draw a chart with a legend as a PNG file.
 
@@ -131,6 +137,7 @@ def draw_png(
         drawing: the chart.
         path: path of the file.
         width: width of the chart in pixels, without axes and legend.
+        height: height of the chart in pixels, without title and horizontal axis.
         scale: number of pixels in the file per pixel of the chart.
         dark: whether to use the colours of the dark mode.
 
@@ -138,7 +145,7 @@ def draw_png(
         MissingDependencyError: If altair or vl-convert is not installed.
     """
     require_drawing()
-    chart = drawing.chart.properties(width=width, height=HEIGHT, title=drawing.title)
+    chart = drawing.chart.properties(width=width, height=height, title=drawing.title)
     import vl_convert
 
     text = json.dumps(_specification(chart, still=True))
