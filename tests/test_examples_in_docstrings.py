@@ -17,8 +17,8 @@ NAMES = {
     "sparselogits.wording": ("counted", "significant", "rate", "duration"),
     "sparselogits.samplers": (
         *("Adaptive", "Multinomial", "StudentSignal.of", "Systematic", "Threshold", "TopK"),
-        *("choose", "fit_budget", "from_parameters", "parameter", "thinning_starts"),
-        "window_uniforms",
+        *("TopP", "Uniform", "choose", "draw_with_statistics", "fit_budget", "from_parameters"),
+        *("parameter", "thinning_starts", "window_uniforms"),
     ),
     "sparselogits.lab.planning": ("device_kind", "plan", "quantity"),
     "sparselogits.corpus": ("PackedCorpus", "Packing"),

@@ -144,6 +144,9 @@ def test_a_student_that_equals_the_teacher_has_no_reference(student):
     pilot = Pilot([lambda: [PilotSlice(0, TOKENS, slice(0, 24), logits)]])
     with pytest.raises(InvalidArgumentError, match="signal is 0 at all positions"):
         sampler.fitted(pilot, None)
+    for empty in (Pilot([]), Pilot.of_logits([logits[:0]])):
+        with pytest.raises(InvalidArgumentError, match="no pilot positions"):
+            Adaptive(StudentSignal.of(student)).fitted(empty, None)
 
 
 def test_a_cache_drawn_with_a_student_in_memory(tmp_path, teacher_folder, text, tokenizer):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,7 @@ def test_budget_is_met(sampler, budget):
 
 
 def test_budget_out_of_reach():
-    for budget, said in ((0.5, "too small"), (501.0, "out of reach")):
+    for budget, said in ((0.5, "at least 1"), (math.nan, "at least 1"), (501.0, "out of reach")):
         with pytest.raises(InvalidArgumentError, match=said):
             fit_budget(Systematic(), [some_logits()], budget)
     with pytest.raises(InvalidArgumentError, match="no pilot positions"):

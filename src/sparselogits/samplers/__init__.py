@@ -1,7 +1,8 @@
 """Sample a teacher's distribution into `SparseTargets`, with one module per family of samplers.
 
-`Systematic` is the default and `Multinomial` is the published method; `Threshold` and `Adaptive`
-are unbiased alternatives; `TopK` and `TopP` are biased. docs/theory.md derives the estimators.
+`Systematic` is the default, and `Multinomial` is the published method (RS-KD). `Threshold`,
+`Adaptive` and `Uniform` are unbiased alternatives; `TopK` and `TopP` are biased. docs/theory.md
+derives the estimators.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Draw more sampling rounds at positions where a student's learning signal is strong.
 
-The number of rounds at a position grows with the signal (signal.py). A token i is drawn with
-probability q_i proportional to p_i * norm_i ** token_power, where norm_i is the norm of row i of
-the student's unembedding. The weights are exact importance weights, so the expectation of the
-targets is p for every student.
+By default, the number of rounds at a position grows with the signal (signal.py). Each round draws
+token i with probability q_i proportional to p_i * norm_i ** token_power, where norm_i is the
+Euclidean norm of row i of the student's unembedding. The weights are exact importance weights, so
+the expectation of the targets is p for every student.
 
 Cost: computing the signal, and larger targets. Because the number of rounds varies, targets store
 weights instead of counts and cannot be thinned. experiments/samplers_at_equal_bytes.py compares the
@@ -47,8 +47,8 @@ class NamedSignal:
         fingerprint: hash of the student's weights; None if the weights have not been read yet.
 
     Raises:
-        InvalidArgumentError: `signal` is neither "distance" nor "variance", or `student` is no
-            string.
+        InvalidArgumentError: `signal` is neither "distance" nor "variance", or `student` is neither
+            a string nor None.
     """
 
     student: str | None = parameter(
@@ -152,6 +152,7 @@ class Adaptive(Sampler):
             InvalidArgumentError: the signal names no checkpoint of the student, or the student's
                 head cannot be run separately.
             IdentityMismatchError: the checkpoint's weights differ from the recorded fingerprint.
+            TeacherError: the checkpoint cannot be loaded, or has no language-model head.
         """
         if not isinstance(self.signal, NamedSignal):
             return self
@@ -163,12 +164,18 @@ class Adaptive(Sampler):
         """Return the sampler for some positions of one window; see `Sampler.at`.
 
         If the signal is the distance, the student runs over the window.
+
+        Raises:
+            InvalidArgumentError: the student is not loaded; see `ready`.
         """
         student = self._student()
         return replace(self, signal=student.at(tokens, positions)) if student.needs_states else self
 
     def signals(self, logits: Tensor) -> Tensor:
-        """Return the signal, float64 [P], given teacher logits at the positions passed to `at`."""
+        """Return the signal, float64 [P], given the teacher's logits [P, V].
+
+        For the distance, the logits must be those of the positions passed to `at`.
+        """
         return self._student().strength(logits)
 
     def left_open(self, budget: float | None) -> tuple[str, ...]:
@@ -176,19 +183,25 @@ class Adaptive(Sampler):
         return super().left_open(budget) + (("reference",) if self.reference is None else ())
 
     def fitted(self, pilot: Pilot, budget: float | None) -> Adaptive:
-        """Return the sampler with `reference` and, given a budget, `nominal_rounds` fitted.
+        """Return the sampler with a loaded student and with the fields of `left_open` fitted.
 
         Raises:
-            InvalidArgumentError: the signal is 0 at all positions; see also `Sampler.fitted`.
+            InvalidArgumentError: the signal is 0 at all pilot positions, or there are none; see
+                also `ready` and `Sampler.fitted`.
         """
         import torch
 
         sampler = self.ready()
         if sampler.reference is None:
-            means = torch.cat(
-                [sampler.at(p.tokens, p.positions).signals(p.logits) for p in pilot.subset()]
-            )
-            reference = float(means.mean())
+            strengths = [
+                sampler.at(p.tokens, p.positions).signals(p.logits) for p in pilot.subset()
+            ]
+            if not sum(map(len, strengths)):
+                raise InvalidArgumentError(
+                    "there are no pilot positions to measure the student's signal on; pass logits "
+                    "of at least one, or reference="
+                )
+            reference = float(torch.cat(strengths).mean())
             if reference == 0:
                 raise InvalidArgumentError(
                     "the student's signal is 0 at all positions of the pilot windows; expected a "
@@ -198,7 +211,13 @@ class Adaptive(Sampler):
         return super(Adaptive, sampler).fitted(pilot, budget)
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample targets at a few positions; a distance signal requires a previous call of `at`."""
+        """Sample targets at a few positions; see `Sampler.draw`.
+
+        Raises:
+            InvalidArgumentError: the student is not loaded (see `ready`), a distance signal has no
+                hidden states for the positions (see `at`), the student's vocabulary is smaller than
+                V, or the reference is not set although the number of rounds depends on the signal.
+        """
         import torch
 
         from sparselogits.samplers.distribution import Blocks, count_runs

@@ -58,7 +58,11 @@ class Pilot:
 
     @classmethod
     def of_logits(cls, slices: Iterable[Tensor]) -> Pilot:
-        """Create a pilot from logits, float [P, V] each, without their tokens."""
+        """Create a pilot from logits, float [P, V] each.
+
+        Tokens are unknown, so `Sampler.at` receives zeros. Pass a list to fit several samplers,
+        because fitting the first one exhausts a generator.
+        """
 
         def read() -> Iterable[PilotSlice]:
             for number, logits in enumerate(slices):
@@ -123,13 +127,14 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
 
     Args:
         sampler: a sampler, whose fields in `sampler.left_open(budget)`, for example `rounds`, are
-            replaced in the result.
+            replaced in the result; not an `Adaptive` sampler with a distance signal, whose student
+            would need the tokens.
         logits_slices: logits of pilot positions spread over the corpus, float [P, V] each.
         budget: mean entries per position, at least 1.
 
     Raises:
-        InvalidArgumentError: the budget is below 1 or cannot be met, or the sampler has no budget
-            parameter.
+        InvalidArgumentError: the budget is below 1 or cannot be met, the sampler has no budget
+            parameter, or there are no pilot positions.
 
     Examples:
         >>> import torch
@@ -144,16 +149,17 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
 def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
     """Return the size (see `Sampler.of_size`) whose mean entries are closest to a budget.
 
-    Raises InvalidArgumentError if the budget is below 1 or no size has as many entries.
+    Raises InvalidArgumentError if the budget is below 1 or NaN, or if `largest_size` has fewer mean
+    entries than the budget.
     """
 
     @cache  # without a formula, each evaluation is a draw
     def entries(size: int) -> float:
         return sampler.of_size(size).expected_entries(pilot)
 
-    if budget < 1:
+    if not budget >= 1:  # a comparison with NaN is False
         raise InvalidArgumentError(
-            f"a budget of {budget:g} entries per position is too small; give at least 1"
+            f"found a budget of {budget:g} entries per position; give at least 1"
         )
     low = high = 1
     while entries(high) < budget:

@@ -34,8 +34,8 @@ from torch import Tensor
 from sparselogits.errors import SparseLogitsWarning, reason_of
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Largest logits [P, 1], shifts [P, 1], sums of weights [P, B], and sums of weights times exponents
-[P, B], which are None if they are not requested."""
+"""Largest logits [P, 1], shifts float64 [P, 1], sums of weights float64 [P, B], and sums of weights
+times exponents float64 [P, B], which are None if they are not requested."""
 
 Kernel = Callable[[Tensor, float, bool], Sums]
 """Function of logits [P, V], exponent and `with_moment`; see `triton_sums.block_sums`."""
@@ -88,7 +88,7 @@ class Library:
         Args:
             logits: float32 [P, V], with V a multiple of 64.
             slope: factor of the logits in the exponents of the weights, for float64.
-            factors: the same factor for float32; see `distribution._factors`.
+            factors: the same factor as two float32 numbers; see `distribution._factors`.
             heavy: limit above which a block is summed in float64; see `distribution._HEAVY`.
             with_moment: whether to compute the moments.
         """
@@ -108,7 +108,7 @@ class Library:
 
 
 def fastest_for(logits: Tensor) -> Library | Kernel | None:
-    """Return the function that sums logits [P, V] fastest; None for PyTorch's operations."""
+    """Return the compiled function to use for logits [P, V]; None for PyTorch's operations."""
     if logits.is_cuda and logits.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return kernel_on(logits.device, logits.dtype)
     return library_for(logits)

@@ -1,12 +1,13 @@
 """Sample from a large vocabulary by inverse CDF, without storing the whole distribution.
 
-A proposal is q_i proportional to w_i = 2 ** (e * z_i / ln 2 - shift). The vocabulary is divided
-into blocks of 64 ids. `Blocks.of` sums the weights of each block in float32 (powers of two, because
-`torch.exp2` takes a third of the time of `torch.exp` on a CPU), and again in float64 where an
-accuracy of 1e-9 requires it. `Blocks.tokens_at` searches the running block sums, which are integers
-so that they do not depend on the order of additions, and computes float64 weights only for the
-blocks that it finds. docs/theory.md states the accuracy; benchmarks/sampling.py measures the time.
-The first step has faster forms in C and, for CUDA, in Triton (compiled.py).
+A proposal with exponent e for logits z is q_i proportional to w_i = 2 ** (e * z_i / ln 2 - shift).
+The vocabulary is divided into blocks of 64 ids. `Blocks.of` sums the weights of each block in
+float32 (powers of two, because `torch.exp2` takes a third of the time of `torch.exp` on a CPU), and
+again in float64 where an accuracy of 1e-9 requires it. `Blocks.tokens_at` searches the running
+block sums, which are integers so that they do not depend on the order of additions, and computes
+float64 weights only for the blocks that it finds. docs/theory.md states the accuracy;
+benchmarks/sampling.py measures the time. The first step has faster forms in C and, for CUDA, in
+Triton (compiled.py).
 
 Memory beyond the logits on a CPU: about 2 MiB of float32 weights (4 MiB with moments), and about 24
 bytes per block at each of 64 positions. A vocabulary whose size is not a multiple of 64 is padded,
@@ -119,7 +120,10 @@ class Blocks:
         return (total.log2() - self.moment / total) / LOG2_E
 
     def weights_in(self, blocks: Tensor) -> Tensor:
-        """Return the weights in blocks, float64 [H, 64]; block b of row r has index r * B + b."""
+        """Return the weights in the given blocks, float64 [H, 64].
+
+        `blocks` is int64 [H]; block b of row r has the index r * B + b.
+        """
         logits = self.logits.view(-1, BLOCK).index_select(0, blocks).double()
         rows = blocks.div(self.sums.shape[1], rounding_mode="floor")
         if self.exponent == 0:
@@ -133,9 +137,9 @@ class Blocks:
     def largest(self, most: int) -> tuple[Tensor, Tensor]:
         """Return the `most` largest logits of each row in descending order, and their ids.
 
-        There are fewer if the row has fewer. Only the `most` blocks with the largest maxima are
-        searched, which is faster than `torch.topk` over the vocabulary. Ids with a logit of -inf
-        may be padding.
+        Both are [R, K], where K is the smaller of `most` and the padded vocabulary size. Only the
+        `most` blocks with the largest maxima are searched, which is faster than `torch.topk` over
+        the vocabulary. Ids with a logit of -inf may be padding.
         """
         by_block = self.logits.view(*self.sums.shape, BLOCK)
         chosen = by_block.amax(-1).topk(min(most, by_block.shape[1])).indices
@@ -144,7 +148,12 @@ class Blocks:
         return values, chosen.gather(1, index // BLOCK) * BLOCK + index % BLOCK
 
     def importance(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return the importance weights p / q of drawn ids [E] in order of position, float64."""
+        """Return the importance weights p / q of drawn ids, float64 [E].
+
+        Args:
+            ids: int64 [E], in order of position.
+            offsets: int64 [R + 1]; row r has the ids [offsets[r], offsets[r + 1]).
+        """
         teacher = Blocks.of(self.logits)
         rows = torch.arange(offsets.numel() - 1, device=ids.device)
         rows = rows.repeat_interleave(offsets.diff())
@@ -258,6 +267,8 @@ def sum_by_block(
     library: compiled.Library | compiled.Kernel | None,
 ) -> tuple[Tensor, Blocks]:
     """Sum the proposals of contiguous logits by block; return the largest logits and the sums.
+
+    The logits are [P, V] with V a multiple of 64, and the largest logits are [P, 1].
 
     The results of the compiled library, and of PyTorch if `library` is None, are bitwise equal with
     the exception that compiled.py describes. The results of the kernel for CUDA differ by rounding;

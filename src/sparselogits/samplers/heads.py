@@ -5,7 +5,7 @@ over-confident distribution (docs/theory.md, section 1). Raw probabilities are s
 rule for the missing mass is chosen at training time.
 
 Cost: one pass for the normaliser, and one pass for the largest logit of each block of 64 ids, which
-selects the blocks that contain the K largest logits.
+selects the blocks that contain the k (or `max_entries`) largest logits.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ class TopP(_Head):
     Args:
         p: probability mass to reach, in (0, 1].
         max_entries: largest number of entries per position, even if their mass is below p.
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> TopP(0.8)(logits, torch.empty(1, 0)).padded()
+        (tensor([[1, 2]]), tensor([[0.2000, 0.7000]]))
     """
 
     p: float = parameter(
@@ -96,7 +102,10 @@ class TopP(_Head):
 
 
 def _select(logits: Tensor, first_position: int, most: int, until: float | None) -> SparseTargets:
-    """Select at most `most` of the likeliest tokens, stopping when their mass reaches `until`."""
+    """Select at most `most` of the likeliest tokens, stopping when their mass reaches `until`.
+
+    If `until` is None, the mass does not matter.
+    """
     import torch
 
     from sparselogits.samplers.distribution import Blocks

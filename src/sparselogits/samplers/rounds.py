@@ -168,6 +168,8 @@ class _Independent(DrawnInRounds):
 class Multinomial(_Independent):
     """Sampler of N independent rounds from q proportional to p ** proposal_exponent (RS-KD).
 
+    This is random-sampling knowledge distillation as published (arXiv 2503.16870, section 3).
+
     Args:
         rounds: number N of rounds; a position has at most N entries.
         proposal_exponent: exponent of p in the proposal, from 0 to 2; with 1, q = p.
@@ -189,8 +191,17 @@ class Multinomial(_Independent):
 class Uniform(_Independent):
     """Sampler of N independent rounds with equal proposal probabilities; unbiased but very noisy.
 
+    The weight of a token is the share of the rounds that drew it, times its probability and the
+    number of tokens, so the weights of a position sum to 1 only on average.
+
     Args:
         rounds: number N of rounds; a position has at most N entries.
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> Uniform(2)(logits, torch.tensor([[0.1, 0.9]])).padded()
+        (tensor([[0, 2]]), tensor([[0.1500, 1.0500]]))
     """
 
     name = "uniform"

@@ -1,8 +1,8 @@
 """Define the interface of a sampler, and the metadata that each sampler class declares.
 
 The codec, recipes, the command line, budgets, tables and plots read this metadata, so a new sampler
-needs one class only (docs/extending.md). The built-in samplers import torch inside their methods,
-because `sparselogits cache --help` lists their fields without loading torch.
+needs only its class and a registration (docs/extending.md). The built-in samplers import torch
+inside their methods, because `sparselogits cache --help` lists their fields without loading torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ ROUNDING = 1e-3
 class Stored:
     """Form in which a cache stores the weights of a sampler's entries.
 
-    Create one with `counts`, `counts_and_floats`, `shared_weight` or `floats`.
+    Create an instance with `counts`, `counts_and_floats`, `shared_weight` or `floats`. By default,
+    a cache rounds float32 weights to levels; see `store.codec_for`.
 
     Args:
         weights: kind of the weights, as in the `codec` field of a cache's identity.
@@ -79,7 +80,7 @@ class Parameter:
         least: smallest allowed value, inclusive.
         above: exclusive lower bound.
         most: largest allowed value, inclusive.
-        choices: allowed strings; empty if any value in the range is allowed.
+        choices: allowed strings; empty if strings are not restricted.
         label: format string for the value in titles; "" omits the value, None formats the field's
             name and the value.
         is_size: whether the field governs the number of entries, like the budget parameter.
@@ -165,7 +166,7 @@ def parameter(
 
 
 def declared_by(cls: Any) -> dict[str, Parameter]:
-    """Return the declarations of a dataclass's fields by name, in order."""
+    """Return the declarations of a dataclass's fields by name; other fields are omitted."""
     return {
         field.name: field.metadata["parameter"]
         for field in dataclasses.fields(cls)
@@ -228,11 +229,12 @@ class Sampler(ABC):
         Args:
             logits: [R, V] of any floating-point dtype; -inf for ids that are not tokens.
             uniforms: float64 [R, uniforms_per_position] in [0, 1), on the device of the logits.
-            first_position: position of the first row, for error messages.
+            first_position: index of the first row in the logits passed to `__call__`, for error
+                messages and for states that `at` prepared.
 
         Raises:
-            InvalidLogitsError: the largest logit of a position is NaN, or beyond 2**24 in
-                magnitude.
+            InvalidLogitsError: a logit is NaN, or the largest logit of a position is beyond 2**24
+                in magnitude.
         """
 
     def __post_init__(self) -> None:
@@ -250,7 +252,7 @@ class Sampler(ABC):
             Targets of P positions, on the device of the logits.
 
         Raises:
-            InvalidLogitsError: the largest logit of a position is NaN, or beyond 2**24 in
+            InvalidLogitsError: a logit is NaN; the largest logit of a position is beyond 2**24 in
                 magnitude; or a shape, the dtype of the logits or a uniform is invalid.
         """
         from sparselogits.samplers.distribution import position_slices
@@ -278,7 +280,7 @@ class Sampler(ABC):
         """Return the sampler prepared for some positions of one window.
 
         Args:
-            tokens: int64 [L], tokens of the window.
+            tokens: int64 [L], tokens of the window as the teacher reads them.
             positions: positions whose logits will be passed: a slice, or int64 indices.
 
         Returns:
@@ -329,7 +331,8 @@ class Sampler(ABC):
     def most_mass(self, vocab_size: int) -> float:
         """Return the largest valid sum of a position's weights.
 
-        A cache's codec enforces it, unless weights are counts or share tau (`bounds.mass_bound`).
+        A cache's codec enforces this bound, except for weights that are counts or share tau, whose
+        bounds are fixed (`bounds.mass_bound`).
         """
         return float(vocab_size) ** 4
 
@@ -341,9 +344,9 @@ class Sampler(ABC):
         return pilot.drawn_entries(self)
 
     def of_size(self, size: int) -> Self:
-        """Return a copy whose budget parameter is `size`.
+        """Return a copy whose budget parameter is set from an integer size, by default to `size`.
 
-        The mean entries per position of a larger size are at least as many.
+        The mean entries per position must not decrease with the size.
         """
         assert self.budget_parameter is not None
         return dataclasses.replace(self, **{self.budget_parameter: size})  # type: ignore[type-var]

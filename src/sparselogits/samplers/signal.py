@@ -45,7 +45,7 @@ class StudentSignal:
         """Create the signal of a model.
 
         Args:
-            student: a causal language model whose head can be run separately.
+            student: a language model whose head can be run separately from its trunk.
             signal: "distance" or "variance".
             path: folder or hub name from which the student was loaded, to be recorded in a cache;
                 None for a student without a checkpoint.
@@ -100,8 +100,8 @@ class StudentSignal:
         """Run the student over one window, and return the signal for some of its positions.
 
         Args:
-            tokens: int64 [L], tokens of the window.
-            positions: positions whose hidden states are computed: a slice, or int64 indices.
+            tokens: int64 [L], tokens of the window as the student reads them.
+            positions: positions whose hidden states are kept: a slice, or int64 indices.
         """
         return replace(self, hidden=self.engine.hidden(tokens[None])[0, positions])
 

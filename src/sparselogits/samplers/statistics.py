@@ -64,6 +64,15 @@ def draw_with_statistics(
 
     Raises:
         InvalidLogitsError: see `Sampler.__call__`.
+
+    Examples:
+        >>> import torch
+        >>> from sparselogits.samplers import TopK
+        >>> targets, statistics = draw_with_statistics(
+        ...     TopK(1), torch.zeros(2, 8), torch.empty(2, 0)
+        ... )
+        >>> len(targets), statistics.entropy.exp().round().tolist()
+        (2, [8.0, 8.0])
     """
     if not (isinstance(sampler, DrawnInRounds) and sampler.proposal_exponent == 1):
         return sampler(logits, uniforms), DistributionStatistics.of(logits)

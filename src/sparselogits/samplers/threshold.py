@@ -2,12 +2,13 @@
 
 Every token with p_i >= tau is selected with weight p_i. Any other token is selected with
 probability p_i / tau and weight tau, so the expectation of the targets is p. Among unbiased targets
-with the same expected number of entries, these have the smallest squared error in probability space
-(VarOpt, arXiv 0803.0473; efficient unbiased sparsification, arXiv 2402.14925). Unlikely tokens are
-drawn systematically in token-id order, like the rounds of `Systematic`. `Systematic` is the default
-because its counts take fewer bits than real-valued weights (docs/theory.md, section 5).
+with the same expected number of entries, these have the smallest expected squared error in
+probability space (VarOpt, arXiv 0803.0473; efficient unbiased sparsification, arXiv 2402.14925).
+Tokens with p_i < tau are drawn systematically in token-id order, like the rounds of `Systematic`.
+`Systematic` is the default because its counts take fewer bits than real-valued weights
+(docs/theory.md, section 5).
 
-Cost: the same as for `Systematic`.
+Cost: about the same as for `Systematic`.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def block_sums(logits: Tensor, exponent: float, with_moment: bool) -> Sums:
 def relative_sums(
     logits: Tensor, slope: float, with_moment: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute the largest logit of each block, and sums and moments relative to it; see the kernel.
+    """Compute the largest logit of each block, and sums and moments of the weights relative to it.
+
+    `block_sums_kernel` defines these weights.
 
     Args:
         logits: as for `block_sums`.
