@@ -123,6 +123,16 @@ def test_repair_sets_aside_and_the_next_build_fills(tmp_path):
     assert len(list((tmp_path / "damaged").iterdir())) == 2
 
 
+def test_a_shard_removed_since_the_report_is_not_moved(tmp_path):
+    cache = build(tmp_path, 0, 20)
+    path = tmp_path / "shards/windows-000000000020-000000000040.parquet"
+    flip(path, 5000)
+    report = verify(cache)
+    path.unlink()
+    done = repair(cache, report)
+    assert (done.set_aside, done.rebuild) == ((), ((20, 40),))
+
+
 def test_merge_copies_bytes_and_goes_on(tmp_path):
     a, b = build(tmp_path / "a", 0, 40), build(tmp_path / "b", 20, 40)
     report = merge([a, b], tmp_path / "c")

@@ -54,28 +54,34 @@ class DamageError(ValueError):
 
 
 def entries_bound(block_bytes: int) -> int:
-    """Return the largest number of entries in windows that are decoded together.
+    """Return the largest allowed number of entries in windows that are decoded together.
 
-    `block_bytes` is the total size of the blocks of these windows.
+    `block_bytes` is the total size in bytes of the blocks of these windows.
     """
     return min(LARGEST_WINDOW, FREE_ENTRIES + ENTRIES_PER_BYTE * block_bytes)
 
 
 def description_bound(file_bytes: int) -> int:
-    """Return the largest size of the JSON description in a shard of `file_bytes`, in bytes."""
+    """Return the largest allowed size in bytes of the JSON description in a shard.
+
+    `file_bytes` is the size of the shard in bytes.
+    """
     return (1 << 18) + file_bytes // 8
 
 
 def footer_bound(groups: int, description: int) -> int:
-    """Return the largest size of a footer in bytes.
+    """Return the largest allowed size of a footer in bytes.
 
-    `groups` is the number of row groups, and `description` the largest size of the description.
+    `groups` is the number of row groups, and `description` the result of `description_bound`.
     """
     return (1 << 14) + (1 << 11) * groups + description
 
 
 def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> float:
-    """Return the largest sum of a position's weights before they are rounded to levels."""
+    """Return the largest valid sum of a position's weights before they are rounded to levels.
+
+    `sampler` is the sampler of a cache's identity, and `weights` the kind of weights of its codec.
+    """
     if weights == COUNTS:
         return 1 + ROUNDING
     if weights == THRESHOLD:

@@ -59,7 +59,12 @@ OPEN_SHARDS = 8
 class Cache:
     """An open cache, which `Cache.create` and `Cache.open` return.
 
-    Forked and spawned processes may share a `Cache`; each thread needs a separate one.
+    Forked and spawned processes may share a `Cache`; each thread needs a separate `Cache`.
+
+    Attributes:
+        storage: storage that contains the cache.
+        identity: identity of the cache.
+        root: folder of the cache as a Path, or URL as a string.
 
     Examples:
         >>> cache = Cache.open("my-cache")
@@ -90,6 +95,7 @@ class Cache:
             CacheError: a size in the identity is out of bounds, or the existing cache is damaged.
             StorageError: the folder or URL cannot be written.
             InvalidArgumentError: the URL is malformed or has no driver; see `storage_at`.
+            MissingDependencyError: the driver of the URL is not installed.
         """
         require_bounds(identity, f"the new cache at {root}")
         storage = storage_at(root)
@@ -113,10 +119,11 @@ class Cache:
 
         Raises:
             CacheError: there is no cache, the format or codec version of the cache is unknown, or a
-                size is out of bounds.
+                field of the identity is missing, unknown or invalid.
             CacheCorruptionError: cache.json is damaged.
             StorageError: the folder or URL cannot be reached.
             InvalidArgumentError: the URL is malformed or has no driver; see `storage_at`.
+            MissingDependencyError: the driver of the URL is not installed.
         """
         storage = storage_at(root)
         return cls(storage, read_identity(storage))
@@ -127,6 +134,8 @@ class Cache:
 
         Raises:
             StorageError: the folder or URL cannot be reached.
+            InvalidArgumentError: the URL is malformed or has no driver; see `storage_at`.
+            MissingDependencyError: the driver of the URL is not installed.
         """
         try:
             return storage_at(root).size(CACHE_JSON) > 0
@@ -145,6 +154,7 @@ class Cache:
 
         Raises:
             CacheError: two shards overlap.
+            StorageError: the cache cannot be reached.
         """
         self._ranges = listed_ranges(self.storage.names(SHARDS))
         self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
@@ -279,7 +289,7 @@ class Cache:
     def entries_per_position(self) -> float:
         """Estimate the mean entries per position with a target, from the first four footers.
 
-        The result is 0 if these shards contain no such position.
+        The result is 0 if these shards contain no position with a target.
         """
         chosen = [self._shard(r).description for r in self.ranges[:4]]
         positions = sum(int(found["positions"]) for found in chosen)
@@ -368,9 +378,10 @@ def read_identity(storage: ReadableFiles) -> Identity:
     """Read and validate the identity in cache.json.
 
     Raises:
-        CacheError: cache.json is missing, the format or codec version is unknown, or a size is out
-            of bounds.
+        CacheError: cache.json is missing, the format or codec version is unknown, or a field of the
+            identity is missing, unknown or invalid.
         CacheCorruptionError: cache.json is damaged.
+        StorageError: the storage cannot be reached.
     """
     where = f"{storage.location}/{CACHE_JSON}"
     try:

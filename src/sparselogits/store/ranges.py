@@ -59,7 +59,7 @@ def listed_ranges(names: Iterable[str]) -> list[Range]:
 
 
 def missing_ranges(present: Sequence[Range], stop: int) -> list[Range]:
-    """Return the ranges of windows in [0, stop) that none of the ascending ranges contains."""
+    """Return the ranges of windows in [0, stop) that no range in `present`, ascending, contains."""
     edges = [(0, 0), *present, (stop, stop)]
     gaps = [(before, min(after, stop)) for (_, before), (after, _) in pairwise(edges)]
     return [(a, b) for a, b in gaps if a < b]

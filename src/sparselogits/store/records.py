@@ -28,10 +28,11 @@ class WindowRecord:
         tokens: int32 [L].
         document_starts: int32, ascending positions at which a document starts; 0 is included only
             if a document starts at the first token.
-        mask: bool [L], True for positions with a target; None if all positions have one.
+        mask: bool [L], True for positions with a target; None if all positions have a target.
         targets: targets of L positions; those where `mask` is False have no entries.
-        teacher_loss: mean negative log-likelihood of the labels, in nats.
-        teacher_entropy: mean entropy of the teacher's distribution, in nats.
+        teacher_loss: mean negative log-likelihood of the labels at temperature 1, in nats.
+        teacher_entropy: mean entropy of the teacher's distribution at the cache's temperature, in
+            nats.
         inputs: int32 [L], input of the teacher, which differs from `tokens` only where `mask` is
             True; None for a causal objective, whose input is the text.
         rate: probability with which each token of the window was chosen for prediction, in (0, 1];
@@ -170,15 +171,15 @@ class CacheStatistics:
 
     @property
     def bits_per_entry(self) -> float:
-        """Bits on disk per entry, excluding the tokens of the text."""
+        """Bits on disk per entry, excluding the tokens of the text; 0 without entries."""
         return 8 * (self.bytes_on_disk - self.text_bytes) / self.entries if self.entries else 0.0
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes on disk per position, including the tokens of the text."""
+        """Bytes on disk per position, including the tokens of the text; 0 without positions."""
         return self.bytes_on_disk / self.tokens if self.tokens else 0.0
 
     @property
     def entries_per_position(self) -> float:
-        """Mean entries per position with a target."""
+        """Mean entries per position with a target; 0 without such a position."""
         return self.entries / self.positions if self.positions else 0.0

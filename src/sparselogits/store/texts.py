@@ -86,7 +86,7 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
     """Record a text in a cache, unless the cache records it already.
 
     Raises:
-        IdentityMismatchError: the cache records another text for the same windows.
+        IdentityMismatchError: the cache records another text with some of the same windows.
         CacheCorruptionError: a file in `texts/` is damaged, or was removed during the call.
         StorageError: the cache cannot be reached or written.
     """

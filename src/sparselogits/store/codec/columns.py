@@ -96,7 +96,10 @@ class ColumnDecoder:
 
 
 class BlockPages:
-    """Reader of the columns in the blocks of consecutive windows, in order."""
+    """Reader of the columns in the blocks of consecutive windows, in order.
+
+    Methods raise DamageError if a block is damaged.
+    """
 
     def __init__(
         self, columns: Mapping[str, ColumnDecoder], first: int, blocks: Sequence[bytes]

@@ -20,7 +20,7 @@ STOCHASTIC, NEAREST = "stochastic", "nearest"
 """Names of the rounding modes in a cache's identity."""
 
 PER_OCTAVE = 32
-"""Number of levels per factor of two of a weight, or from 1/2 to 1 of its distance to 1."""
+"""Number of levels per factor of two of a weight or, from 1/2 to 1, of the distance to 1."""
 
 LARGEST_STEP = 2 ** (1 / PER_OCTAVE) - 1
 """Largest relative distance of consecutive levels from 2^-126 on, up to float32 rounding."""
@@ -30,7 +30,7 @@ _LEAST, _MOST, _NEAREST_TO_ONE = -126, 97, -16  # exponents of two; V^4 is 2^96 
 
 @cache
 def levels() -> NDArray[np.float32]:
-    """Return the table of levels, ascending from 0 to 2^97."""
+    """Return the read-only table of levels, float32, ascending from 0 to 2^97."""
     low = np.exp2(np.arange(_LEAST * PER_OCTAVE, -PER_OCTAVE) / PER_OCTAVE)
     middle = 1 - np.exp2(np.arange(-PER_OCTAVE, _NEAREST_TO_ONE * PER_OCTAVE - 1, -1) / PER_OCTAVE)
     high = np.exp2(np.arange(_MOST * PER_OCTAVE + 1) / PER_OCTAVE)

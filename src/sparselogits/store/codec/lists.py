@@ -1,7 +1,7 @@
 """Encode a window's sets of ids as an inverted index over positions sorted by token.
 
-The sets consist of pairs of an id and a position. A pair takes 11 bits if pairs are stored by
-position, and 9 bits if they are stored by id, as one list of positions per id, because few
+The sets consist of pairs of an id and a position. A pair takes about 11 bits if pairs are stored by
+position, and about 10 bits if they are stored by id, as one list of positions per id, because few
 different ids occur in a window and a list contains only gaps between positions. Two facts known to
 the decoder reduce the size further. Positions are numbered in the order of (token, position), so
 that positions with similar distributions are neighbours and gaps are small. The label of a position

@@ -126,6 +126,11 @@ class TargetCodec:
     ) -> TargetCodec:
         """Create the codec that an identity describes, with the sampler's bound on the weights.
 
+        Args:
+            codec: field `codec` of the identity.
+            vocab_size: field `vocab_size` of the identity.
+            sampler: field `sampler` of the identity; None for the bound of an unknown sampler.
+
         Raises:
             CacheError: the codec is unknown, or its parameters contradict each other.
         """
@@ -195,7 +200,7 @@ class TargetCodec:
         return tau if self.rounding is None else tau / (1 + LARGEST_STEP) * (1 - 2**-22)
 
     def rounded(self, targets: SparseTargets, seed: int, window_index: int) -> SparseTargets:
-        """Return a window's targets with weights rounded to levels, unless the codec is exact.
+        """Return a window's targets with weights rounded to levels, unless weights are exact.
 
         Stochastic rounding preserves the expectation of every weight. The uniforms depend only on
         the cache's seed, the window's index in the corpus and the index of the entry, so that a

@@ -29,7 +29,7 @@ _RANGE = struct.Struct("<QQI")
 _TAIL = struct.Struct("<III8s")
 _CLOSING = struct.Struct("<I4s")
 LARGEST_FOOTER = 1 << 26
-"""Largest size in bytes of a footer together with the guard's tail."""
+"""Largest allowed size in bytes of a footer, the guard's tail and the last 8 bytes of the file."""
 
 _FIRST_READ = 1 << 16  # bytes, enough for guard and footer of most shards
 

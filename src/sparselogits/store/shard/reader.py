@@ -65,6 +65,7 @@ class Shard:
 
     Raises:
         CacheCorruptionError: the file is missing or damaged, or belongs to another cache.
+        StorageError: the file cannot be reached.
     """
 
     def __init__(self, storage: ReadableFiles, name: str, identity: Identity) -> None:

@@ -1,1 +1,1 @@
-"""Store a cache's files in a folder, an object store or memory, and copy remote files locally."""
+"""Store a cache's files in a folder or an object store, with local copies of remote files."""

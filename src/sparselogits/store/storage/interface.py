@@ -40,7 +40,10 @@ class Storage(ReadableFiles, Protocol):
     """Interface of a folder of write-once files, in which a cache is stored."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of a folder's files; an empty list if there is no folder."""
+        """Return the sorted names of a folder's files, except temporary ones.
+
+        The list is empty if there is no folder.
+        """
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes.
@@ -59,6 +62,7 @@ class Storage(ReadableFiles, Protocol):
         """Rename a file.
 
         Raises:
+            FileNotFoundError: the file does not exist.
             CacheError: the new name already exists.
         """
 

@@ -61,14 +61,22 @@ class LocalStorage:
             return path.stat().st_size
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return the bytes [start, stop) of a file; see `ReadableFiles.read`."""
+        """Return the bytes [start, stop) of a file; see `ReadableFiles.read`.
+
+        Raises:
+            CacheCorruptionError: the path is not a regular file.
+        """
         with self._opened(name) as descriptor:
             if stop is None:
                 stop = os.fstat(descriptor).st_size
             return _read_exactly(descriptor, start, stop)
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of a file in bytes, and its last `length` bytes."""
+        """Return the size of a file in bytes, and its last `length` bytes.
+
+        Raises:
+            CacheCorruptionError: the path is not a regular file.
+        """
         with self._opened(name) as descriptor:
             size = os.fstat(descriptor).st_size
             return size, _read_exactly(descriptor, max(0, size - length), size)
@@ -99,8 +107,10 @@ class LocalStorage:
         write_whole(self.root / name, data)
 
     def move(self, name: str, to: str) -> None:
-        """Rename a file; raise CacheError if the new name already exists."""
+        """Rename a file, and create the new folder if it is missing; see `Storage.move`."""
         source, target = self.root / name, self.root / to
+        with _access_errors(source):
+            source.lstat()  # raises FileNotFoundError, which `disk_errors` would convert
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             if not move(source, target):

@@ -19,7 +19,10 @@ _SIZE = struct.Struct("<Q")
 
 
 class LocalCopy:
-    """Storage that reads another storage through local copies, and forwards writes to it."""
+    """Storage that reads another storage through local copies.
+
+    Files are created, replaced and renamed in the other storage.
+    """
 
     def __init__(self, storage: Storage, folder: CopyFolder) -> None:
         self.storage = storage
@@ -88,7 +91,7 @@ class LocalCopy:
         """Drop all copies of a file, or bypass them if the folder is read-only.
 
         Returns:
-            Whether there were any.
+            Whether there were copies of the file.
         """
         try:
             return self.folder.drop(self.location, f"{name}@")

@@ -4,8 +4,9 @@ lists       Parquet with one row per window: tokens, and the ids and weights of 
             lists
 topk        Parquet with one row per window: tokens, and the K ids with the largest weights at each
             position with the logarithms of their weights, as rectangular arrays for Top-K trainers
-weighted    Parquet with one row per window: input tokens [N], target tokens [N, K] and weights
-            [N, K], the inputs of a weighted cross-entropy such as Tinker's
+weighted    Parquet with one row per window of N + 1 tokens: input tokens [N], target tokens [N, K]
+            and weights [N, K], with K the largest number of entries at a position of the window;
+            the inputs of a weighted cross-entropy such as Tinker's
 distillkit  Parquet and compression_config.yaml: Top-K lists in DistillKit's packing, with the
             logarithms in float32
 axolotl     Parquet: Top-K lists as token ids, in the columns of Axolotl's KD plugin
@@ -260,7 +261,10 @@ def _packing(settings: _Settings) -> str:
 
 
 def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the row of a window in the format `axolotl`, with each target at its token."""
+    """Return the row of a window in the format `axolotl`.
+
+    Each target is moved from the position that predicts a token to the position of the token.
+    """
     from sparselogits.documents import restarting_positions  # slow to import
 
     labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)

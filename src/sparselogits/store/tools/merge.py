@@ -45,9 +45,10 @@ def merge(
     Copied bytes are verified. After an interruption, call the function again to continue. If
     several sources contain a range, only the first source's shard is copied. If the merged cache
     has a shard of the range already, that shard is kept if its checksums and footer equal the
-    source's, or if it is sound. Otherwise it is moved aside and written again; a storage without
-    atomic writes may leave a damaged shard. The checksums of a kept shard are verified in a local
-    folder, but not at a URL, where the shard would have to be downloaded.
+    source's, or if it is sound. Otherwise it is moved to the folder `damaged` and copied again; a
+    storage without atomic writes may leave a damaged shard. If checksums and footer are equal, the
+    bytes of the kept shard are verified in a local folder, but not at a URL, where the shard would
+    have to be downloaded.
 
     Args:
         sources: at least one cache.
@@ -61,6 +62,8 @@ def merge(
             written.
         CacheCorruptionError: a file of a cache is damaged; some shards may have been copied.
         StorageError: a cache cannot be reached or written.
+        InvalidArgumentError: `out` is a malformed URL or has no driver; see `storage_at`.
+        MissingDependencyError: the driver of the URL is not installed.
 
     Examples:
         >>> from sparselogits.store import Cache

@@ -1,9 +1,10 @@
-"""Publish a local cache at a URL.
+"""Publish a cache at a URL.
 
-Files are written in the order of a build: cache.json, which claims the URL, then the shards, which
-are verified, and finally the dataset card with statistics. A local cache whose files are links is
-rejected. Sound shards at the URL are not copied again, so an interrupted push can be repeated, and
-a later push adds the shards built since. Readers can open the cache during a push.
+Files are written in the order of a build: cache.json, which claims the URL, then the files of
+`texts/` and the shards, which are verified, and finally the dataset card with statistics. A local
+cache whose files are links is rejected. Sound shards at the URL are not copied again, so an
+interrupted push can be repeated, and a later push adds the shards built since. Readers can open the
+cache during a push.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> Me
         IdentityMismatchError: the URL contains a cache with another identity or text.
         CacheError: the cache has no shard, or one of its shards overlaps another range at the URL.
         CacheCorruptionError: a file of a cache is damaged; some shards may have been copied.
-        StorageError: the URL cannot be reached or written.
+        StorageError: the cache or the URL cannot be reached, or the URL cannot be written.
+        MissingDependencyError: the driver of the URL is not installed.
 
     Examples:
         >>> from sparselogits.store import Cache

@@ -44,7 +44,9 @@ def repair(
 ) -> RepairReport:
     """Move all damaged shards to the folder `damaged` of the cache.
 
-    A build may run at the same time, because shards rebuilt after the report are not moved.
+    In a local folder, a build may run at the same time, because shards rebuilt after the report are
+    not moved. At a URL, neither a build nor another repair may run at the same time, because a
+    repair holds no lock there.
 
     Args:
         cache: the cache.

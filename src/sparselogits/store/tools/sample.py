@@ -1,4 +1,4 @@
-"""Compute histograms of a cache from a sample of row groups, for `sparselogits info`.
+"""Compute histograms and statistics of a cache from a sample of row groups.
 
 A bounded number of row groups is read, spread over as many shards as possible.
 """
@@ -69,6 +69,7 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
         groups: largest number of row groups to read.
 
     Raises:
+        CacheError: two shards overlap.
         CacheCorruptionError: a shard or row group of the sample is damaged.
         StorageError: the cache cannot be reached.
 
@@ -101,6 +102,7 @@ def sampled_windows(cache: Cache, groups: int = GROUPS) -> Iterator[WindowRecord
     """Yield the windows of at most `groups` row groups, spread evenly over the cache.
 
     Raises:
+        CacheError: two shards overlap.
         CacheCorruptionError: a shard or row group of the sample is damaged.
         StorageError: the cache cannot be reached.
     """

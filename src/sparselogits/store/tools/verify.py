@@ -3,9 +3,9 @@
 `verify` checks the guard's checksums, which cover all bytes, Parquet's page checksums, the CRC of
 each row, the decoding, the invariants of the targets (ascending ids below V, a target at every
 unmasked position, complete rounds, weights consistent with the sampler), the totals in the footers,
-the fingerprint of the text, the identity, and that no window is missing. With `sample`, the rows of
-some row groups are checked, and the totals and the fingerprint only in a shard whose rows were all
-decoded.
+the fingerprint of the text, the identity, and that no window is missing. With `sample`, only some
+row groups of a shard are read, and the totals and the fingerprint are checked only in a shard whose
+rows were all decoded.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def verify(
 
     Args:
         cache: the cache.
-        sample: number of evenly spaced row groups to decode per shard; None for all.
-        stop: number of windows of the corpus; None for the end of the last shard.
+        sample: largest number of row groups to decode per shard, evenly spaced; None for all.
+        stop: number of windows that the cache should have; None for the end of the last shard.
         text_of: function that returns the fingerprint of a range's packed text, to be compared with
             the text in the shard's provenance; None to compare nothing.
         progress: called with the numbers of shards done and in total.
