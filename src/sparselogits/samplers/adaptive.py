@@ -79,8 +79,9 @@ class Adaptive(Sampler):
             pilot windows, which is computed when a cache is created.
         position_power: exponent of the signal; the number of rounds before rounding and limits is
             proportional to the signal to this power. With 0 all positions have the same number.
-        token_power: exponent of norm_i in the proposal (see the module's docstring); with 0 the
-            proposal is the teacher's distribution.
+        token_power: exponent t in the proposal, which is proportional to p_i * norm_i ** t, where
+            norm_i is the norm of row i of the student's unembedding. With 0 the proposal is the
+            teacher's distribution p.
 
     Examples:
         >>> from sparselogits.samplers import StudentSignal
@@ -120,14 +121,17 @@ class Adaptive(Sampler):
 
     @classmethod
     def declared(cls) -> dict[str, Parameter]:
-        """Return the declared fields by name, with those of `NamedSignal` in place of `signal`."""
+        """Return the declarations of the fields; those of `NamedSignal` replace `signal`."""
         own, named = declared_by(cls), declared_by(NamedSignal)
         first = {name: own.pop(name) for name in ("nominal_rounds", "reference")}
         return {"student": named["student"], **first, "signal": named["signal"], **own}
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Adaptive:
-        """Create the sampler with a `NamedSignal`; `ready` loads the student."""
+        """Create the sampler from values of `parameters`, without loading the student.
+
+        `ready` loads the student.
+        """
         of_signal = {n: v for n, v in given.items() if n in ("student", "signal", "fingerprint")}
         others = {n: v for n, v in given.items() if n not in of_signal}
         return cls(NamedSignal(**of_signal), **others)

@@ -104,7 +104,7 @@ class Blocks:
 
     @property
     def total(self) -> Tensor:
-        """Sum of all weights, float64 [R, 1]."""
+        """Sum of the weights of all blocks, float64 [R, 1]."""
         return self.sums.sum(-1, keepdim=True)
 
     @property

@@ -89,7 +89,11 @@ class DrawnInRounds(Sampler):
         return self.draw_from(blocks, uniforms, logits.shape[1])
 
     def draw_from(self, blocks: Blocks, uniforms: Tensor, vocab_size: int) -> SparseTargets:
-        """Sample targets at a few positions, given the block sums of their proposals."""
+        """Sample targets at a few positions, given the block sums of their proposals.
+
+        `uniforms` is float64 [R, uniforms_per_position], and `vocab_size` is V without the padding
+        of the blocks.
+        """
         import torch
 
         from sparselogits.samplers.distribution import count_runs

@@ -41,7 +41,8 @@ class Stored:
     Args:
         weights: kind of the weights, as in the `codec` field of a cache's identity.
         rounds: number of rounds per position; None if entries have no counts.
-        tau: weight that many entries share and that is stored only once; None if there is none.
+        tau: weight that many entries share and that is stored only once; None if no weight is
+            shared.
     """
 
     weights: Literal["counts", "counts+float32", "float32", "threshold"]

@@ -92,7 +92,7 @@ class Cache:
 
         Raises:
             IdentityMismatchError: the existing cache has another identity.
-            CacheError: a size in the identity is out of bounds, or the existing cache is damaged.
+            CacheError: a field of the identity is invalid, or the existing cache is damaged.
             StorageError: the folder or URL cannot be written.
             InvalidArgumentError: the URL is malformed or has no driver; see `storage_at`.
             MissingDependencyError: the driver of the URL is not installed.

@@ -72,7 +72,7 @@ class TextSpan:
 
 
 def named_texts(storage: Storage) -> list[TextSpan]:
-    """Return the texts that a cache records, in order; caches of old versions record none.
+    """Return the texts that a cache records, in window order; caches of old versions record none.
 
     Raises:
         CacheCorruptionError: a file in `texts/` is damaged, or was removed during the call.

@@ -63,6 +63,11 @@ _VALUES_PER_GROUP = 512  # largest number of thrift values per row group; valid 
 class Shard:
     """An open shard whose footer is validated and whose rows are read on demand.
 
+    Args:
+        storage: files of the cache.
+        name: path of the shard, relative to the cache.
+        identity: identity of the cache.
+
     Raises:
         CacheCorruptionError: the file is missing or damaged, or belongs to another cache.
         StorageError: the file cannot be reached.

@@ -72,7 +72,10 @@ class CopyFolder:
         return cls(Path(folder) if folder else user_cache() / "copy", limit)
 
     def get(self, location: str, key: str) -> bytes | None:
-        """Return the bytes stored under a key, and mark them as used; None if none can be read."""
+        """Return the bytes stored under a key, and mark them as used.
+
+        The result is None if there are no bytes or they cannot be read.
+        """
         path = self._path(location, key)
         try:
             with path.open("rb") as file:
@@ -118,7 +121,7 @@ class CopyFolder:
             )
 
     def drop(self, location: str, prefix: str) -> bool:
-        """Remove the copies of all keys with a prefix; return whether there were any.
+        """Remove the copies of all keys with a prefix; return whether there were such copies.
 
         Raises:
             OSError: a copy cannot be removed, as from a read-only folder.

@@ -37,7 +37,10 @@ class ReadableFiles(Protocol):
 
 
 class Storage(ReadableFiles, Protocol):
-    """Interface of a folder of write-once files, in which a cache is stored."""
+    """Interface of a folder of write-once files, in which a cache is stored.
+
+    Every method may raise StorageError if the folder cannot be reached or written.
+    """
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of a folder's files, except temporary ones.

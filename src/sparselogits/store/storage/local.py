@@ -103,7 +103,7 @@ class LocalStorage:
         return created
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file atomically, replacing an existing one."""
+        """Write a file atomically, replacing an existing one; errors are those of `write_whole`."""
         write_whole(self.root / name, data)
 
     def move(self, name: str, to: str) -> None:

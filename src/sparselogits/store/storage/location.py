@@ -51,5 +51,5 @@ def location_of(storage: Storage) -> Location:
 
 
 def inside(folder: Location, name: str) -> Location:
-    """Return the location of a file in a folder."""
+    """Return the location of a file, given its name in a folder or below a URL."""
     return f"{str(folder).rstrip('/')}/{name}" if is_url(folder) else Path(folder) / name

@@ -174,6 +174,7 @@ class ObjectStorage:
         """Rename an object by reading, putting and deleting it.
 
         Raises:
+            FileNotFoundError: the object does not exist.
             CacheError: the new name already exists.
         """
         if not self.create(to, self.read(name)):

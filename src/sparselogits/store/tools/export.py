@@ -173,7 +173,10 @@ def _lists(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array]:
-    """Return each position's k ids of largest weight, and the weights, [L, k]; 0 for padding."""
+    """Return the k ids of largest weight per position, int32 [L, k], and the weights, float32.
+
+    Padding has id 0 and weight 0.
+    """
     ids, weights = (part.numpy() for part in record.targets.padded())
     width = max(0, k - ids.shape[1])
     ids = np.pad(ids, ((0, 0), (0, width)))
