@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import BertForMaskedLM, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.data import collate
 from sparselogits.documents import restarting_positions
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.identity import Identity
 from sparselogits.language_model import recording_last_states, split
 from sparselogits.objectives import Masked
@@ -19,6 +19,8 @@ from sparselogits.store import Cache, WindowRecord, codec_for
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective, bind
+from sparselogits.train.recipe import parse_recipe
+from sparselogits.train.run import run
 from tests.conftest import tiny_llama
 from tests.masked_models import MODELS, tiny_bert
 
@@ -350,6 +352,24 @@ def test_a_student_learns_from_a_masked_cache(rate, tmp_path):
     if rate is not None:
         first = collate([dataset[i] for i in range(4)])
         assert torch.isfinite(student(input_ids=first["input_ids"]).logits).all()
+
+
+def test_an_adapter_names_the_masked_model_below(tmp_path):
+    from peft import AutoPeftModel
+
+    make_cache(tmp_path / "c")
+    tiny_bert().save_pretrained(tmp_path / "base")
+    student = {"path": str(tmp_path / "base"), "lora": {"rank": 2, "targets": ["query"]}}
+    values = {"cache": tmp_path / "c", "out": tmp_path / "run", "student": student, "max_steps": 2}
+    values["per_device_train_batch_size"] = 4
+    with pytest.warns(SparseLogitsWarning, match="no tokenizer will be saved"):
+        found = run(parse_recipe(values, source="test"), device="cpu")
+    merged = BertForMaskedLM.from_pretrained(found.model_path).eval()
+    apart = AutoPeftModel.from_pretrained(tmp_path / "run" / "adapter").eval()
+    assert isinstance(apart.get_base_model(), BertForMaskedLM)
+    ids = torch.tensor([[5, MASK, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, apart(input_ids=ids).logits)
 
 
 def test_a_cache_and_a_student_that_do_not_fit_are_refused_by_name(dataset, cache, tmp_path):

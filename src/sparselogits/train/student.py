@@ -18,7 +18,7 @@ from transformers import (
 from sparselogits.data import CacheDataset
 from sparselogits.data.draft import require_vocabulary_of
 from sparselogits.errors import MissingDependencyError, RecipeError, TeacherError, reason_of
-from sparselogits.language_model import names_masked_class
+from sparselogits.language_model import names_masked_class, predicts_masked
 from sparselogits.quantization import prepare
 from sparselogits.store.storage.location import is_url
 from sparselogits.teacher.demo_model import model_named
@@ -165,7 +165,8 @@ def _with_adapter(model: nn.Module, lora: Lora) -> nn.Module:
         lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        task_type="CAUSAL_LM",
+        # peft has no task of masked models; without one, an adapter names its model's class
+        task_type=None if predicts_masked(model) else "CAUSAL_LM",
     )
     try:
         return get_peft_model(model, config)
