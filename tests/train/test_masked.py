@@ -327,6 +327,12 @@ def test_windows_of_random_rates_weigh_as_masked_diffusion(padded, tmp_path):
     bind(student, Objective("ce", masked=True))
     inputs = {k: v for k, v in batch.items() if not k.startswith("target")}
     assert float(student(**inputs).loss) == pytest.approx(float(expected), rel=1e-5)
+    objective = Objective("sparse", masked=True)
+    student = tiny_bert().eval()
+    bind(student, objective)
+    student(**batch)
+    entries = (batch["target_weights"] != 0).sum(-1)[batch["shift_labels"] != -100]
+    assert objective.training.take()["entries"] == pytest.approx(float(entries.double().mean()))
     arguments = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True)
     trainer = SparseKDTrainer(tiny_bert(), arguments, train_dataset=dataset)
     assert int(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == int(mask.sum())

@@ -216,7 +216,10 @@ def print_info(
         *([("objective", identity.predicts.in_words())] if identity.objective else []),
         ("windows", windows),
         ("tokens", tokens),
-        ("entries", f"{facts.entries:,}, {facts.entries_per_position:.2f} per token"),
+        (
+            "entries",
+            f"{facts.entries:,}, {facts.entries_per_position:.2f} per position with a target",
+        ),
         ("size", f"{facts.bytes_on_disk:,} bytes in {counted(facts.shards, 'shard')}"),
         ("bits per entry", f"{facts.bits_per_entry:.2f}"),
         ("bytes per token", f"{per_token:.2f}, the text's own tokens included{of_text}"),

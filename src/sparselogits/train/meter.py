@@ -9,7 +9,7 @@ weights; the cosine loss is a mean over all positions that are not padding.
     kl                  KL(teacher || student), nats: kd minus the cached teacher's entropy, for
                         unbiased targets
     cosine              1 - cosine of the last hidden states of student and online teacher
-    entries             stored entries per position with a label
+    entries             stored entries per position with a label, without loss weights
     tokens_per_second   tokens per second over all ranks; the time from a log line to the next batch
                         (evaluation, saving) does not count
     data_seconds        seconds that a rank waited for batches, mean over ranks
@@ -29,7 +29,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_SUMS = ("kd", "ce", "cosine", "entropy", "entries", "positions", "tokens")
+_SUMS = ("kd", "ce", "cosine", "entropy", "entries", "positions", "labelled", "tokens")
 
 
 class LossMeter:
@@ -88,10 +88,12 @@ class LossMeter:
         present, timed = self._present, self._began is not None
         self._sums.zero_()
         self._present, self._waited, self._began = frozenset(), 0.0, None
-        positions, tokens = sums.pop("positions"), sums.pop("tokens")
+        positions, labelled, tokens = (sums.pop(n) for n in ("positions", "labelled", "tokens"))
         if not positions:
             return {}
         means = {name: value / positions for name, value in sums.items() if name in present}
+        if "entries" in means:
+            means["entries"] = sums["entries"] / labelled
         entropy = means.pop("entropy", None)
         if entropy is not None and "kd" in means:
             means["kl"] = means["kd"] - entropy

@@ -301,7 +301,8 @@ def _loss_output(
     training = torch.is_grad_enabled()
     counted = labels != IGNORE_INDEX
     mask = inputs.get("attention_mask")
-    positions, whole = counted.sum(), states
+    labelled, whole = counted.sum(), states
+    positions = labelled  # or their weights
     tokens = labels.numel() if mask is None else mask.sum()  # without padding
     weight = None
     if window_weight is not None and training:
@@ -346,6 +347,7 @@ def _loss_output(
         entropy=(entropy * counted * (1 if weight is None else weight)).sum() if known else None,
         entries=((target_weights != 0) & counted[..., None]).sum() if distil else None,
         positions=positions,
+        labelled=labelled,
         tokens=tokens,
     )
     loss = found.loss if training or found.ce is None else found.ce
