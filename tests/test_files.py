@@ -27,6 +27,7 @@ from sparselogits.files import (
     write_whole,
     writing_whole,
 )
+from sparselogits.store.storage.local import LocalStorage
 
 
 def names(folder: Path) -> list[str]:
@@ -266,6 +267,36 @@ def test_a_disk_that_fails_at_the_last_moment(tmp_path, monkeypatch, code):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert names(tmp_path) == ["file"]
+
+
+def fail_on_folders(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `os.fsync` fail on folders alone."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_loses_a_rename_is_told(tmp_path, monkeypatch, code):
+    fail_on_folders(code, monkeypatch)
+    with pytest.raises(StorageError, match=f"file: {os.strerror(code)}"):
+        write_whole(tmp_path / "file", "x")
+    with pytest.raises(StorageError, match=f"shard: {os.strerror(code)}"):
+        LocalStorage(tmp_path).create("shard", b"x")
+    assert names(tmp_path) == ["file", "shard"]  # both whole, but perhaps not after a power failure
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES])
+def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch, code):
+    fail_on_folders(code, monkeypatch)
+    write_whole(tmp_path / "file", "x")
+    assert LocalStorage(tmp_path).create("shard", b"x")
+    assert names(tmp_path) == ["file", "shard"]
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):

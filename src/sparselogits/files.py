@@ -37,6 +37,12 @@ TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{12})-(\d+)(?:-(\d+))?-[0-9a-f]{12}")
 _DAY = 86_400.0
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_SYNC_FOLDER = {
+    *_NO_SYNC,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+}  # as some network file systems
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL_ELSEWHERE = re.compile(
@@ -365,13 +371,15 @@ def sync(descriptor: int) -> None:
 def sync_folder(folder: Path) -> None:
     """Flush a folder to its disk, so that renames within the folder are durable.
 
-    An error of the flush is ignored, so renames may not survive a crash of the machine. Raises
-    OSError if the folder cannot be opened.
+    On a file system that cannot flush folders, renames may not survive a crash of the machine.
+    Raises OSError if the folder cannot be opened, or if its disk fails.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems cannot sync folders
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_FOLDER:
+            raise
     finally:
         os.close(descriptor)
 

@@ -99,7 +99,7 @@ class LocalStorage:
             finally:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
-        sync_folder(path.parent)
+            sync_folder(path.parent)
         return created
 
     def replace(self, name: str, data: bytes) -> None:
