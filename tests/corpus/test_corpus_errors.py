@@ -201,6 +201,7 @@ def test_an_output_folder_in_use(tokenizer, tmp_path):
         (lambda out: write_part(out, [1], [1]), "are int32, int32, expected int32, bool"),
         (lambda out: write_part(out, [1], [True], [1]), "are int32, bool, int32, expected"),
         (lambda out: write_part(out, [1], [True], [None]), "are int32, bool, object, expected"),
+        (lambda out: claim_compressed(out), r"claims 1 bytes \(16777216 compressed\) and 1 value"),
         (lambda out: flip(out / "frequencies.parquet"), "frequencies.parquet is damaged"),
         (lambda out: write_frequencies(out, [1, 2]), r"found int64 \[2\], expected int64 \["),
         (lambda out: write_frequencies(out, ["a"]), r"found object \[1\], expected int64 \["),
@@ -228,6 +229,14 @@ def write_part(out: Path, *columns: list[int | bool | None]) -> None:
 
 def write_frequencies(out: Path, counts: list[int] | list[str]) -> None:
     pq.write_table(pa.table({"count": counts}), out / "frequencies.parquet")
+
+
+def claim_compressed(out: Path) -> None:
+    """Insert before the first page a header that claims 2**24 compressed bytes for one of text."""
+    path = out / "training" / "part-00000000.parquet"
+    header = b"\x15\x00\x15\x02\x15\x80\x80\x80\x10\x2c\x15\x02\x15\x00\x00\x00"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + header + content[4:])
 
 
 def flip(path: Path) -> None:

@@ -413,8 +413,9 @@ def _require_plausible_pages(data: bytes) -> None:
             or values > GROUP_TOKENS
         ):
             raise PartError(
-                f"a page claims {claimed} bytes and {values} values in encoding {page.get(2)}, "
-                f"expected at most {_LARGEST_COLUMN} and {GROUP_TOKENS} in encoding {_PLAIN}"
+                f"a page claims {claimed} bytes ({packed} compressed) and {values} values in "
+                f"encoding {page.get(2)}, expected at most {_LARGEST_COLUMN} bytes "
+                f"({_LARGEST_PACKED} compressed) and {GROUP_TOKENS} values in encoding {_PLAIN}"
             )
         at = reader.at + packed
         if at >= len(data):
