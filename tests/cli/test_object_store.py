@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sparselogits.caching import fetch_texts, publish_text
 from sparselogits.cli import app
 from sparselogits.corpus.streams import part_name
-from sparselogits.errors import IdentityMismatchError
+from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.identity import canonical_json
 from sparselogits.store import Cache
 from sparselogits.store.storage.location import storage_at
@@ -111,6 +111,29 @@ def test_a_text_without_its_index_is_not_fetched(tmp_path, s3):
     assert not fetch_texts(s3.url, tmp_path / "b").exists()
     publish_text(s3.url, folder / "corpus")
     assert files_of(fetch_texts(s3.url, tmp_path / "b")) == files_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}", r"corpus\.json is damaged: expected .* with an object `source`\. Delete it"),
+        (b"[]", r"corpus\.json is damaged: expected a JSON object"),
+        (b'{"source": "x"}', r"is damaged: expected .* with an object `source`"),
+        (b"{", r"corpus\.json cannot be read as JSON .*\. Delete it, then start the same"),
+    ],
+)
+def test_a_damaged_description_of_a_text_is_named(tmp_path, content, message):
+    url = f"memory://{tmp_path.name}/damaged"
+    storage_at(url).create("corpus/corpus.json", content)
+    with pytest.raises(CorpusError, match=message):
+        fetch_texts(url, tmp_path)
+
+
+def test_a_damaged_description_is_not_uploaded(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/corpus.json").write_bytes(b"{}")
+    with pytest.raises(CorpusError, match=r"corpus\.json is damaged: .* pack the text again"):
+        publish_text(f"memory://{tmp_path.name}/upload", tmp_path / "corpus")
 
 
 @pytest.mark.slow

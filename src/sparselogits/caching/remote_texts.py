@@ -86,8 +86,8 @@ def publish_text(cache: Location, folder: Path) -> None:
     if not is_url(cache):
         return
     paths, storage, text = Paths(folder), storage_at(cache), folder.name
-    description = {**read_corpus_json(paths.made_from)}
-    description["source"] = public_source(description["source"])
+    again = f"Delete {folder} and pack the text again"
+    description = _public(read_corpus_json(paths.made_from), paths.made_from, again)
     files = _local_files(paths)
     name = f"{text}/{paths.made_from.name}"
     if not storage.create(name, canonical_json(description)):
@@ -122,17 +122,27 @@ def _local_files(paths: Paths) -> list[Path]:
 def _remote_description(storage: Storage, text: str) -> dict[str, Any] | None:
     """Return the content of an uploaded text's `corpus.json`; None if there is no such file."""
     name = f"{text}/{Paths(Path(text)).made_from.name}"
+    where, again = f"{storage.location}/{name}", "Delete it, then start the same command again"
     try:
-        value: dict[str, Any] = parse_json(storage.read(name))
-        value["source"] = public_source(value["source"])
+        return _public(parse_json(storage.read(name)), where, again)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        raise CorpusError(f"{where} cannot be read as JSON ({error}). {again}") from error
+
+
+def _public(description: Any, where: Path | str, again: str) -> dict[str, Any]:
+    """Return the content of a `corpus.json` without local paths; raise CorpusError if damaged.
+
+    `where` is the name of the file, and `again` the advice for a damaged one.
+    """
+    source = description.get("source") if isinstance(description, dict) else None
+    if not isinstance(source, dict):
         raise CorpusError(
-            f"{storage.location}/{name} is damaged ({error}); delete the object, then start the "
-            "same command again"
-        ) from error
-    return value
+            f"{where} is damaged: expected a JSON object that describes a packed text, with an "
+            f"object `source`. {again}"
+        )
+    return {**description, "source": public_source(source)}
 
 
 def _has_text(paths: Paths, description: dict[str, Any]) -> bool:
