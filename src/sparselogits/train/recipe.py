@@ -460,9 +460,11 @@ class Recipe(TrainingSettings):
         Literal["best"] | list[float] | list[list[float]] | None, PlainValidator(_weights)
     ] = Field(
         None,
-        description="weights of the teachers of several caches: a number per cache, with the sum "
-        "1; a list of numbers per text of the caches; or best, which selects the teacher with the "
-        "lowest loss in each window. Equal weights when absent",
+        description="weights of the teachers if several caches are mixed: a list with a number "
+        "per cache, in the order of the caches and with the sum 1; several such lists, one per "
+        "text that was packed into the caches (`sparselogits cache --append`), in that order; or "
+        "best, which selects in each window the teacher with the lowest loss. Equal weights when "
+        "absent",
     )
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
     student: Student = Field(
