@@ -52,6 +52,8 @@ MISTAKES = {
         "only",
     ),
     CACHE + " --budget 0.1": ("at least 1", "--budget"),
+    CACHE + " --budget nan": ("at least 1", "--budget"),
+    CACHE + " --budget inf": ("finite", "--budget"),
     CACHE + " --budget 5 --rounds 5": ("--budget or --rounds", "not both"),
     CACHE + " --sampler topk --rounds 5": ("topk takes", "--k or --budget"),
     CACHE + " --sampler threshold --tau 0.1 --budget 5": ("--tau", "not both"),

@@ -446,9 +446,9 @@ def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, f
         budget = DEFAULT_BUDGET if budget is None else budget
     elif size is not None and budget is not None:
         raise InvalidArgumentError(f"give --budget or {_dashed(size)}, not both")
-    if budget is not None and budget < 1:
+    if budget is not None and not 1 <= budget < math.inf:
         raise InvalidArgumentError(
-            f"--budget is {budget}; give a mean number of entries per token of at least 1"
+            f"--budget is {budget}; give a finite mean number of entries per token of at least 1"
         )
     return choose(kind.name, fields).sampler(), budget
 
