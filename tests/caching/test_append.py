@@ -21,6 +21,7 @@ from sparselogits.cli import app
 from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.errors import (
     CacheError,
+    CorpusError,
     IdentityMismatchError,
     InvalidArgumentError,
     SparseLogitsError,
@@ -177,3 +178,19 @@ def test_shards_of_appended_text_start_at_its_first_window():
         shard_ranges(10, 4, (8, 12), first_window=7)
     with pytest.raises(InvalidArgumentError, match="7:17"):
         shard_ranges(10, 4, (0, 4), first_window=7)
+
+
+def test_a_shard_has_at_least_one_window():
+    with pytest.raises(InvalidArgumentError, match="at least 1, found 0"):
+        shard_ranges(10, 0)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"source": null}', '{"source": ["a"]}'])
+def test_a_packed_text_whose_description_names_no_text_is_reported(content, tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    (tmp_path / "cache" / "corpus").mkdir(parents=True)
+    (tmp_path / "cache" / "corpus" / "corpus.json").write_text(content)
+    source, packing = open_source(tmp_path / "a.txt"), packing_for(tokenizer, window_length=16)
+    for append in (False, True):
+        with pytest.raises(CorpusError, match=r"corpus\.json does not describe a text"):
+            place_of_text(tmp_path / "cache", source, packing, append=append)

@@ -1,4 +1,4 @@
-"""Build one or more caches from a packed corpus, with one forward pass of the teacher for all.
+"""Build one or more caches from a packed corpus; all caches share the teacher's forward passes.
 
 A resumed build computes only the ranges of windows whose shard is missing in at least one cache,
 because an existing shard is always complete.
@@ -65,8 +65,9 @@ class BuildReport:
 
     Args:
         caches: open caches, one per request.
-        windows_built: number of windows that were computed.
-        windows_found: number of requested windows that all caches contained before the build.
+        windows_built: number of windows that this process computed.
+        windows_found: number of windows in this process's share that all caches contained before
+            the build.
     """
 
     caches: list[Cache]
@@ -110,9 +111,9 @@ def build_caches(
         IdentityMismatchError: an existing cache has other settings, or was built from other text.
         TeacherError: the teacher's loss on the text is clearly worse than that of uniform guessing,
             or the logits are not finite.
-        InvalidArgumentError: a budget cannot be met, the range of windows is invalid, the teacher
-            does not support the windows, or the kind of the teacher (masked or causal) does not
-            match `corruption`.
+        InvalidArgumentError: a budget cannot be met, `windows_per_shard` is below 1, the range of
+            windows is invalid, the teacher does not support the windows, or the kind of the teacher
+            (masked or causal) does not match `corruption`.
         CacheError: an existing shard overlaps a range without being equal to it, or an existing
             cache is damaged.
         CorpusError: the corpus is damaged.

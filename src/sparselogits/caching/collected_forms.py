@@ -143,11 +143,11 @@ class DistillKitPacking(_Settings):
         return _bytes_of(self.k * self.id_bits)
 
     def ids(self, packed: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Unpack ids, int64 [P, k], from bytes, uint8 [P, id_bytes]."""
+        """Unpack the ids of P positions, int64 [P, k], from uint8 [P, id_bytes]."""
         return _integers(packed, self.id_bits, self.k)
 
     def logprobs(self, packed: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Unpack logprobs, float64 [P, k], from bytes, uint8 [P, value_bytes]."""
+        """Unpack the logprobs of P positions, float64 [P, k], from uint8 [P, value_bytes]."""
         at, rest = 0, self.k - self.exact_k
         exact_dtype = getattr(torch, self.exact_dtype)
 
@@ -288,7 +288,10 @@ def unnormalised(where: Where) -> InvalidTargetsError:
 
 
 def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
-    """Convert a row of logits, normalising them over the listed ids. Raises InvalidTargetsError."""
+    """Convert a row of logits, normalising them over the listed ids. Raises InvalidTargetsError.
+
+    All logprobs of a position are -inf if `targets_segmentation` marks the position as padding.
+    """
     segments = values.get("targets_segmentation")  # 0 for padding
     logs: list[list[float]] = []
     for position, row in enumerate(_rows(values, "top_k_logits", where)):

@@ -107,7 +107,7 @@ def tokens_of(record: Mapping[str, Any], where: Where) -> int:
 
 
 def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -> Collected:
-    """Validate a row, and convert it to arrays with the k likeliest entries per position.
+    """Validate a row, and convert it to arrays with at most k entries, the likeliest, per position.
 
     Raises:
         InvalidTargetsError: the row is invalid; the message contains the file and the row.
@@ -141,7 +141,7 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
 def _sets(
     ids: _Array, logs: _Array, owner: _Array, k: int, where: Where
 ) -> tuple[_Array, _Array, _Array]:
-    """Return the ids, logprobs and positions of the k likeliest entries per position.
+    """Return ids, logprobs and positions of at most k entries, the likeliest, per position.
 
     The result is sorted by position and id. Raises InvalidTargetsError for repeated ids, or
     probabilities that sum to more than 1 + `MASS_TOLERANCE`.
@@ -192,7 +192,11 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
 
 
 def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]:
-    """Convert vLLM's format to lists of ids and logprobs per position."""
+    """Convert vLLM's format to lists of ids and logprobs per position.
+
+    Element j + 1 belongs to position j, and the last position has no entries. Raises
+    InvalidTargetsError for another format.
+    """
     if elements and elements[0]:
         fail(where, f"{PROMPT} starts with logprobs; expected null for the first token")
     predicted = CAUSAL.at_positions(np.arange(len(elements)), -1).tolist()
@@ -228,7 +232,8 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
 def as_numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
     """Convert numbers to an array, whose `dtype.kind` must be one of the characters in `kinds`.
 
-    Raises InvalidTargetsError if the array has another kind.
+    Raises InvalidTargetsError if the array has another kind or several dimensions, or if some of
+    the values are booleans.
     """
     if not values:
         return np.empty(0, np.int64 if kinds == "iu" else np.float64)

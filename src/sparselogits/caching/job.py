@@ -103,9 +103,10 @@ class Job:
     def compute(
         self, engine: Engine, span: Range, progress: Callable[[int], None] | None = None
     ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
-        """Compute each cache's records for a range, and the provenance of the shards.
+        """Compute and return one list of records per cache, and the provenance of their shards.
 
-        `progress` is called after each batch with its number of windows.
+        The records are those of the windows in the range `span`, in order. `progress` is called
+        after each batch with the batch's number of windows.
         """
         windows = self._windows(span)
         text = {"corpus": self._fingerprint(windows), "text": self.text.to_json()}

@@ -60,7 +60,7 @@ def _spread_windows(corpus: PackedCorpus, count: int) -> list[Window]:
 def resolve_budget(
     engine: Engine, windows: Sequence[Window], sampler: Sampler, budget: float | None, **how: Any
 ) -> Sampler:
-    """Return the sampler with its open fields fitted on pilot windows; see `Sampler.fitted`.
+    """Return the sampler with the fields of `Sampler.left_open` fitted on pilot windows.
 
     `how` contains the build's `temperature`, `reset_attention` and `corruption`.
     """
@@ -79,7 +79,7 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
         TeacherError: logits are not finite, or the loss exceeds that of uniform guessing by more
             than `NATS_WORSE_THAN_UNIFORM`, for example because the tokenizer belongs to another
             model.
-        InvalidArgumentError: the window is longer than the teacher supports, or a masked teacher
+        InvalidArgumentError: the windows are longer than the teacher supports, or a masked teacher
             ignores the attention mask of padded windows.
     """
     check_window = getattr(engine, "check_window", None)
@@ -120,7 +120,7 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
 
 
 def _require_finite(engine: Engine, logits: Tensor, positions: Tensor, length: int) -> None:
-    """Validate that the logits of all tokens are finite. Raises TeacherError."""
+    """Validate that the logits of all valid token ids are finite. Raises TeacherError."""
     tokens = engine.token_mask.to(logits.device)
     broken = ~logits[:, tokens].isfinite().all(1)
     if not bool(broken.any()):

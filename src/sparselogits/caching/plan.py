@@ -54,13 +54,17 @@ def shard_ranges(
         first_window: index of the corpus's first window in the cache; above 0 for appended text.
 
     Raises:
-        InvalidArgumentError: `only` is not in the corpus, or does not start and end at shard
-            boundaries; or the corpus has no windows.
+        InvalidArgumentError: `windows_per_shard` is below 1, `only` is not in the corpus or does
+            not start and end at shard boundaries, or the corpus has no windows.
 
     Examples:
         >>> shard_ranges(20, 8)
         [(0, 8), (8, 16), (16, 20)]
     """
+    if windows_per_shard < 1:
+        raise InvalidArgumentError(
+            f"windows_per_shard must be at least 1, found {windows_per_shard}"
+        )
     end = first_window + windows
     first, stop = only if only is not None else (first_window, end)
     if not first_window <= first < stop <= end:

@@ -40,9 +40,12 @@ _Floats = NDArray[np.float64]
 class Aligned:
     """Window of a teacher in the tokens of a student.
 
+    Bytes are counted from the beginning of the window; a special token with an id in the student's
+    tokenizer counts as one byte.
+
     Args:
         tokens: int64 [n], tokens of the student.
-        starts: int32, positions of the tokens that begin a document.
+        starts: int32 [S], positions of the tokens that begin a document.
         learnt: bool [n], whether each position predicts a token of the window that the loss mask of
             the teacher's cache includes.
         source: int64 [n], position of the teacher's target from which each position's target is
@@ -105,9 +108,10 @@ class Retokenizer:
         followed: largest number of tokens of the text through which a round is continued; 0 maps
             every drawn token without what follows it.
         elsewhere: target of positions without a shared boundary or a target of the teacher: "text"
-            for the token of the text with all rounds, which is cross-entropy; "none" for no target
-            and no loss.
-        width: number of columns in the teacher's head, which may exceed the number of its tokens.
+            for the token of the text with probability 1, which is cross-entropy; "none" for no
+            target and no loss.
+        width: number of columns in the teacher's head; used if larger than the number of ids in the
+            teacher's tokenizer.
     """
 
     teacher: TokenBytes
@@ -270,9 +274,10 @@ class Retokenizer:
                     opens = False
 
     def _complete(self, stops: _Ints, breaks: _Bools, ragged: bool) -> int:
-        """Return the number of tokens to use; if `ragged`, the window may cut the last word.
+        """Return the number of tokens to keep at the beginning of the window.
 
-        Then the last word is omitted, unless it is the only one or has more than `_RAGGED` bytes.
+        If `ragged`, the window may cut its last word. The word is then omitted, unless it is the
+        only one or has more than `_RAGGED` bytes.
         """
         found = np.flatnonzero(breaks)
         if not ragged or not len(found) or found[-1] == 0:
@@ -391,9 +396,11 @@ class Retokenizer:
             entries = draws.continued(at, count, weight, float(uniforms[level]))
 
     def _continued(self, prefix: bytes, token: int, begins: bool, *, spaced: bool = False) -> int:
-        """Return the first student token of the text bytes `prefix` followed by a drawn token.
+        """Return the student's first token of the bytes `prefix` followed by a drawn token.
 
-        The result is negative if there is none.
+        The result is negative if there is none. `begins` states whether the bytes are tokenised as
+        the beginning of a document, and `spaced` whether the text lacks the space at the beginning
+        of the drawn token.
         """
         image = self.special.get(token)
         if token in self.teacher.special and not isinstance(image, bytes):
@@ -453,7 +460,7 @@ class _Draws:
         weights: weights of all entries.
         offsets: index of each position's first entry, followed by the number of entries.
         rounds: number of rounds per position, or 0.
-        equal: whether all rounds have the same weight.
+        equal: whether all rounds have the same weight; False without rounds.
     """
 
     ids: list[int]
@@ -540,7 +547,7 @@ def _texts(data: bytes) -> list[tuple[int, str, bytes]]:
 
 
 def _learnt(ends: _Ints, starts: _Ints, stops: _Ints, learnt: _Bools) -> _Bools:
-    """Return whether all teacher tokens that overlap each student token are in the loss mask.
+    """Return per student token whether all overlapping teacher tokens are in the loss mask.
 
     Args:
         ends: int64 [L], index of the byte after each teacher token.

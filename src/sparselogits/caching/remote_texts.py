@@ -86,8 +86,7 @@ def publish_text(cache: Location, folder: Path) -> None:
     if not is_url(cache):
         return
     paths, storage, text = Paths(folder), storage_at(cache), folder.name
-    again = f"Delete {folder} and pack the text again"
-    description = _public(read_corpus_json(paths.made_from), paths.made_from, again)
+    description = _local_description(paths)
     files = _local_files(paths)
     name = f"{text}/{paths.made_from.name}"
     if not storage.create(name, canonical_json(description)):
@@ -145,9 +144,15 @@ def _public(description: Any, where: Path | str, again: str) -> dict[str, Any]:
     return {**description, "source": public_source(source)}
 
 
+def _local_description(paths: Paths) -> dict[str, Any]:
+    """Return the content of the local `corpus.json`; see `_public`."""
+    again = f"Delete {paths.folder} and pack the text again"
+    return _public(read_corpus_json(paths.made_from), paths.made_from, again)
+
+
 def _has_text(paths: Paths, description: dict[str, Any]) -> bool:
     """Return whether the local text matches a description."""
-    return _without_name(read_corpus_json(paths.made_from)) == _without_name(description)
+    return _without_name(_local_description(paths)) == _without_name(description)
 
 
 def _without_name(description: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +161,10 @@ def _without_name(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_other_text(paths: Paths, description: dict[str, Any]) -> None:
-    """Remove the local text if it does not match a description."""
+    """Remove the local text if it does not match a description.
+
+    Raises CorpusError if another process is packing text in the folder.
+    """
     if not paths.made_from.exists() or _has_text(paths, description):
         return
     with lock_file(paths.lock) as lock:

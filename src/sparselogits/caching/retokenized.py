@@ -116,8 +116,8 @@ def retokenize(
             None derives the length from up to 256 converted windows: their largest length, but at
             most 1.25 times their mean length if windows join documents, rounded up to a multiple of
             8.
-        special: special tokens of the student by those of the teacher, in addition to tokens of
-            equal text or role. An empty string spells the token as text.
+        special: special tokens of the student by those of the teacher; an empty string spells the
+            token as text. Other special tokens are mapped to tokens of equal text or role.
         followed: largest number of tokens of the text through which the rounds that drew them are
             continued (see `pushforward`); 0 maps each drawn token by its own bytes alone, so that
             long tokens of the student get too little probability.
@@ -556,7 +556,7 @@ def _windows(
 
 
 def _write_stream(folder: Path, windows: Iterable[Window], vocab_size: int) -> tuple[int, Any]:
-    """Write windows as one part of a stream; return the numbers of tokens, in all and per id."""
+    """Write windows as one part of a stream; return the number of tokens and the counts per id."""
     folder.mkdir(parents=True, exist_ok=True)
     total, frequencies = 0, np.zeros(vocab_size, np.int64)
     with writing_part(folder / part_name(0), vocab_size, masked=True) as part:

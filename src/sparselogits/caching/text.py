@@ -44,7 +44,7 @@ def require_room(cache: Location) -> None:
     """Validate that a new cache can be created in a folder.
 
     The folder may be missing, empty, or contain packed text or parts of a cache. Raises CacheError
-    for a file, or a folder with other content; a URL is not validated.
+    for a file, or a folder that is unreadable or has other content; a URL is not validated.
     """
     if is_url(cache):
         return
@@ -77,7 +77,9 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
             location is returned, so that an interrupted build can resume.
 
     Raises:
-        CacheError: there is no text to append to, or its packing is not finished.
+        CacheError: with `append`, the cache has no text, or a text that is damaged or not
+            completely packed.
+        CorpusError: a `corpus.json` is damaged.
         IdentityMismatchError: the existing texts have another packing; or, without `append`, the
             cache was begun with other text.
     """
@@ -117,9 +119,20 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
 
 
 def _begun_with(folder: Path) -> str | None:
-    """Return the fingerprint of the text whose packing was begun in a folder; None if none was."""
+    """Return the fingerprint of the text whose packing was begun in a folder; None if none was.
+
+    Raises CorpusError if `corpus.json` is damaged.
+    """
     made_from = Paths(folder).made_from
-    return read_corpus_json(made_from)["source"]["fingerprint"] if made_from.exists() else None
+    if not made_from.exists():
+        return None
+    try:
+        return str(read_corpus_json(made_from)["source"]["fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{made_from} does not describe a text ({error}); restore the file from a copy, or "
+            f"delete {folder} to pack the text again"
+        ) from error
 
 
 def windows_of_texts(cache: Path) -> int | None:
