@@ -52,7 +52,7 @@ class _OptionTable(Table):
     """Table of options in two columns: names with types, never truncated, and help texts."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row; three or more cells (names, type, help text) are joined except the last."""
+        """Add a row; join all but the last of three or more cells (names, type, help text)."""
         if len(cells) < 3:
             super().add_row(*cells, **options)
             return

@@ -186,7 +186,7 @@ def cache(
     ),
     allow: Allow = None,
 ) -> None:
-    """Run the teacher once over a text and cache a few unbiased targets per token."""
+    """Run the teacher once over a text and cache a sparse target per token, unbiased by default."""
     from sparselogits.caching import (
         CacheRequest,
         check_request,

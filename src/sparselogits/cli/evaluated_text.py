@@ -61,6 +61,10 @@ def text_to_evaluate(
         tokenizer: tokenizer for `other`, and for a cache of a masked language model.
         limit: maximum number of windows; None for all.
         draft: draft vocabulary of the student; None for all ids.
+
+    Raises:
+        InvalidArgumentError: `packed` has no held-out windows, or the student is a masked language
+            model and no cache is given.
     """
     from sparselogits.corpus import PackedCorpus, open_source, pack
     from sparselogits.corruption import Corruption
@@ -141,7 +145,7 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
 
     Raises:
         TeacherError: no tokenizer is readable.
-        IdentityMismatchError: the student's tokenizer has other ids.
+        IdentityMismatchError: a token has another id in the student's tokenizer.
     """
     from sparselogits.teacher.loading import load_tokenizer
 

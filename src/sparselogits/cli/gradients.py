@@ -325,7 +325,11 @@ def _conditions(
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
-    """Print a student's tables: all parameters at each batch size, other spaces at the largest."""
+    """Print a student's tables of gradients, one per batch size and one per space of gradients.
+
+    Gradients of all parameters are shown at each batch size, those of the other spaces (`Space`) at
+    the largest batch size.
+    """
     from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]

@@ -54,7 +54,11 @@ def load_cache_teacher(
 def shares_of_teachers(
     teachers: Sequence[str], caches: Sequence[str], weights: Sequence[float] | str | None
 ) -> list[float]:
-    """Validate `--weights` against teachers and caches; return one weight per teacher, if any."""
+    """Return one weight per teacher: those of `--weights`, or equal ones; [] without teachers.
+
+    Raises InvalidArgumentError if teachers, caches and weights differ in number, or if the weights
+    are "best", negative or do not sum to 1.
+    """
     from sparselogits.teacher.mixture import require_shares
 
     if weights is not None and max(len(teachers), len(caches)) < 2:

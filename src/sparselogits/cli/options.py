@@ -207,7 +207,10 @@ CacheArgument = Annotated[
 
 
 def resolve_device(name: str) -> str:
-    """Return the device for a value of `--device`; auto selects CUDA if available, else the CPU."""
+    """Return the device for a value of `--device`; auto selects CUDA if available, else the CPU.
+
+    Raises InvalidArgumentError if the device is not available.
+    """
     import torch
 
     if name == "auto":
@@ -245,9 +248,12 @@ def masked_objective(
         tokenizer: the teacher's tokenizer.
         masked: whether the teacher is a masked language model.
         rate: value of `--mask-rate`: a number or "random"; None if it is not given.
-        units: value of `--mask-units`.
-        span: value of `--mask-span`.
+        units: value of `--mask-units`; None if it is not given.
+        span: value of `--mask-span`; None if it is not given.
         seed: random seed for masking.
+
+    Raises:
+        InvalidArgumentError: an option is given for a causal teacher, or a value is invalid.
     """
     from sparselogits.corruption import objective_as_given
 
@@ -273,7 +279,10 @@ def masked_objective(
 
 
 def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
-    """Parse the value of `--weights`: numbers, "best", or None if it is not given."""
+    """Parse the value of `--weights`: numbers, "best", or None if it is not given.
+
+    Raises InvalidArgumentError for any other text.
+    """
     if text is None:
         return None
     if text == "best":

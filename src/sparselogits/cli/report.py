@@ -16,7 +16,7 @@ def report(
         None, help="Folder for the page and its charts.", show_default="the comparison's folder"
     ),
 ) -> None:
-    """Write the report page of a comparison from its results.json, even while it is running."""
+    """Write the report page of a comparison from results.json, even while the comparison runs."""
     from sparselogits.lab.compare import read_results
     from sparselogits.lab.report import write_report
 

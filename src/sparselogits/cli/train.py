@@ -195,7 +195,7 @@ def train(
 
 
 def _heldout(recipe: Recipe) -> list[str]:
-    """Return the option of `eval` that names a text; [] for a cache with held-out windows."""
+    """Return the option of `eval` that names a text; [] if the cache is gone or has a hold-out."""
     from sparselogits.store import Cache
 
     try:

@@ -83,7 +83,7 @@ def _viewer(
     dtype: str,
     device: str,
 ) -> WindowViewer:
-    """Validate the window's index and the names of models, and load the models to show."""
+    """Return a viewer with the models to show, after validating window and names of models."""
     from sparselogits.data import CacheDataset
     from sparselogits.lab.report import WindowViewer
     from sparselogits.teacher.loading import load_tokenizer, locate_model
