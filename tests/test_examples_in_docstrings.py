@@ -25,7 +25,7 @@ NAMES = {
     "sparselogits.evaluate": ("evaluate", "fieller_interval", "t_interval"),
     "sparselogits.train": ("run",),
     "sparselogits.caching.plan": ("Share", "shard_ranges"),
-    "sparselogits.data": ("Pace", "Schedule", "WindowOrder", "WindowSampler"),
+    "sparselogits.data": ("Pace", "Schedule", "WindowOrder", "WindowSampler", "teacher_mass"),
     "sparselogits.store": (
         *("Cache", "CopyFolder", "codec_for", "export", "merge", "push", "repair"),
         *("sample_cache", "verify"),

@@ -1,4 +1,4 @@
-"""Collate windows into a batch of plain tensors, which any Trainer accepts."""
+"""Collate windows into a batch, a dict of plain tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = (
     *("loss_weight", "teacher_entropy"),
 )
 _PADDING = {"shift_labels": IGNORE_INDEX, "labels": IGNORE_INDEX}
-"""Padding value of each column; columns that are not listed are padded with 0."""
+"""Padding values by column; columns that are not listed are padded with 0."""
 
 
 def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

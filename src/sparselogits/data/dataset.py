@@ -1,4 +1,4 @@
-"""Define datasets of windows for torch's DataLoader and every Trainer.
+"""Define datasets of windows for torch's DataLoader, and for trainers that use one.
 
 Tokens are stored with their targets, so no alignment is required. For a causal teacher, position j
 of `targets` estimates the distribution of the token after position j, and `shift_labels[j]` is that
@@ -41,7 +41,7 @@ class TextWindow(TypedDict):
     """Item of a dataset: a window of text without targets.
 
     Attributes:
-        input_ids: int64 [L].
+        input_ids: int64 [L]; for a masked language model, the corrupted tokens.
         shift_labels: int64 [L], the token that each position predicts, or with a draft vocabulary
             the class of that token; -100 if there is none. A causal model predicts the next token,
             except at the last position, where the loss mask is false, and at the end of a document
@@ -78,7 +78,7 @@ class CachedWindow(TextWindow):
 
 
 class CacheDataset(Dataset[CachedWindow]):
-    """Dataset of the windows of a cache, for torch's DataLoader and every Trainer.
+    """Dataset of the windows of a cache, for torch's DataLoader and trainers that use one.
 
     `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets` and further entries that
     `CachedWindow` describes; `dataset[a:b]` is a batch of windows that `collate` has combined.
@@ -140,7 +140,11 @@ class CacheDataset(Dataset[CachedWindow]):
 
     @property
     def unbiased(self) -> bool:
-        """Whether the expectation of the targets is the distribution of the teacher or mixture."""
+        """Whether the expectation of drawn targets is the distribution of the teacher or mixture.
+
+        In a retokenized cache, this is a statement about the draws; the mapping to other tokens has
+        a bias of its own (docs/theory.md, section 10).
+        """
         return self._mixture.unbiased
 
     @property
@@ -339,8 +343,8 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
         budget: mean entries per position, at least 1.
 
     Raises:
-        InvalidArgumentError: the targets were not drawn in rounds, the budget is below 1, or the
-            cache has fewer entries.
+        InvalidArgumentError: the targets were not drawn in rounds, or the budget is below 1 or
+            above the mean number of entries per position in the cache.
     """
     chosen = spread(len(dataset), _PILOT_WINDOWS)
     cached = dataset.rounds

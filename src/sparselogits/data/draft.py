@@ -258,8 +258,13 @@ class DraftVocabulary:
     def coverage(self, frequencies: Tensor | np.ndarray) -> float:
         """Return the share of the draft ids in the total frequency of all ids, in [0, 1].
 
+        The result is NaN if all frequencies are 0.
+
         Args:
             frequencies: number of occurrences or probability mass of each id, [V].
+
+        Raises:
+            InvalidArgumentError: `frequencies` is not a vector of finite non-negative numbers.
         """
         given = _float64(frequencies)
         return float(given[self.ids[self.ids < len(given)]].sum() / given.sum())
@@ -504,6 +509,16 @@ def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None 
         cache: the cache.
         windows: maximum number of windows to read, spread evenly over the cache.
         progress: called with the numbers of windows done and in total.
+
+    Raises:
+        CacheCorruptionError: a shard is damaged.
+        StorageError: a shard cannot be reached.
+
+    Examples:
+        >>> from sparselogits.store import Cache
+        >>> cache = Cache.open("my-cache")
+        >>> teacher_mass(cache, windows=2).shape == (cache.identity.vocab_size,)
+        True
     """
     total = torch.zeros(cache.identity.vocab_size, dtype=torch.float64)
     chosen = spread(len(cache), windows)
@@ -528,7 +543,7 @@ def _float64(frequencies: Tensor | np.ndarray) -> Tensor:
     Arrays are copied, because PyTorch warns about shared arrays that are not writable.
 
     Raises:
-        InvalidArgumentError: the frequencies are not a vector of non-negative numbers.
+        InvalidArgumentError: the frequencies are not a vector of finite non-negative numbers.
     """
     if isinstance(frequencies, np.ndarray):
         frequencies = torch.from_numpy(frequencies.astype(np.float64))

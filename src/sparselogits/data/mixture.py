@@ -114,7 +114,7 @@ class Mixture:
 
     @property
     def unbiased(self) -> bool:
-        """Whether the targets are unbiased, which is the same for all caches."""
+        """Whether the samplers are unbiased, which is the same for all caches."""
         return from_parameters(self.caches[0].identity.sampler).unbiased
 
     @property
@@ -161,10 +161,10 @@ def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> t
     """Divide a total number of rounds among the teachers of a window.
 
     A single teacher gets all rounds, at most as many as are cached. Of several teachers each gets
-    one round, and each further
-    round is assigned to the teacher for which it most reduces sum_m w_m^2 / n_m, the variance of
-    the mixture if the rounds of all teachers have the same variance. The resulting numbers n_m are
-    about rounds * w_m, but at most `held`, the numbers of cached rounds.
+    one round, and each further round is assigned to the teacher for which it most reduces
+    sum_m w_m^2 / n_m, the variance of the mixture if the rounds of all teachers have the same
+    variance. The resulting numbers n_m are about rounds * w_m, but at most `held`, the numbers of
+    cached rounds.
 
     Raises:
         InvalidArgumentError: there are several teachers, but fewer rounds than teachers.

@@ -67,7 +67,11 @@ class WindowOrder:
             )
 
     def __getitem__(self, position: tuple[int, int]) -> int:
-        """Return the index of the window at (epoch, position). Raises IndexError."""
+        """Return the index of the window at (epoch, position).
+
+        Raises:
+            IndexError: the position is not in [0, windows).
+        """
         epoch, value = position
         if not 0 <= value < self.windows:
             raise IndexError(f"position {value} is out of range for {self.windows} windows")

@@ -53,6 +53,9 @@ def as_windows(dataset: Any) -> Any:
 
     Args:
         dataset: a dataset, or a mapping from names to datasets, each of which is converted.
+
+    Raises:
+        InvalidArgumentError: `TokenisedRows` does not accept the dataset.
     """
     if isinstance(dataset, Mapping):
         return {name: as_windows(part) for name, part in dataset.items()}

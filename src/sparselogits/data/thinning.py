@@ -1,10 +1,10 @@
 """Schedule the number of cached rounds that training uses at each optimiser step.
 
 A cache with N rounds per position can be thinned without bias to any smaller number of rounds (see
-`SparseTargets.thin`). The subset of rounds is a function of (seed, epoch, window) and of their
-number, which depends on the optimiser step. That step is computed from the position of the window
-in the order, so that DataLoader workers that read ahead, and runs that resume, compute the same
-number.
+`SparseTargets.thin`). The subset of rounds is a function of (seed, epoch, window) and of the number
+of rounds, which depends on the optimiser step. That step is computed from the position of the
+window in the order, so that DataLoader workers that read ahead, and runs that resume, compute the
+same number.
 """
 
 from __future__ import annotations
