@@ -38,6 +38,7 @@ MISTAKES = {
     TRAIN + " --method full": ("runs the teacher online", "give the cache's teacher"),
     TRAIN + " --method gkd": ("unknown method 'gkd'", "available: sparse, ce"),
     TRAIN + " --device tpu": ("--device tpu", "choose auto or cpu"),
+    TRAIN + " --device cuda:1": ("uses all visible gpus", "cuda_visible_devices=1"),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{path: {small}}}}": (
         "400 ids",
         "give the student at least as many",

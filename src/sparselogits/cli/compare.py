@@ -16,11 +16,11 @@ from sparselogits.cli.options import (
     MODEL_NAMES,
     OUTPUT,
     Allow,
-    Device,
     Json,
+    TrainingDevice,
     print_json,
     print_next,
-    resolve_device,
+    resolve_training_device,
 )
 from sparselogits.console import messages, results, stage, styled
 
@@ -39,7 +39,7 @@ def compare(
         "Text to distil on, as for `sparselogits cache`.", shown="the recipe's"
     ),
     out: Path | None = OUTPUT("Folder of the comparison.", shown="the recipe's"),
-    device: Device = "auto",
+    device: TrainingDevice = "auto",
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
@@ -49,7 +49,7 @@ def compare(
     from sparselogits.lab.report import write_report
 
     loaded = load_compare_recipe(recipe, teacher=teacher, data=data, out=out)
-    found = run_comparison(loaded, device=resolve_device(device), stage=stage)
+    found = run_comparison(loaded, device=resolve_training_device(device), stage=stage)
     page = write_report(found, loaded.out)
     for run in found.runs:
         if run.status == "failed":

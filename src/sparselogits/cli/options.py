@@ -77,6 +77,17 @@ Device = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+TrainingDevice = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Device to run on: cpu, cuda, or auto for CUDA where it is available. The environment "
+        "variable CUDA_VISIBLE_DEVICES selects GPUs.",
+        rich_help_panel=MODEL,
+    ),
+]
+"""Option of commands that train, which is a value for `resolve_training_device`."""
+
 Dtype = Annotated[
     str,
     typer.Option(
@@ -224,6 +235,24 @@ def resolve_device(name: str) -> str:
             "build of torch that supports the device"
         ) from error
     return name
+
+
+def resolve_training_device(name: str) -> str:
+    """Return the device for a value of `--device` of a command that trains; see `resolve_device`.
+
+    transformers' Trainer uses all visible GPUs, or one per rank of torchrun, and has no argument
+    for the number of a GPU.
+
+    Raises:
+        InvalidArgumentError: the device is not available, or has a number other than 0.
+    """
+    number = name.partition(":")[2]
+    if number not in ("", "0"):
+        raise InvalidArgumentError(
+            f"--device is {name}, but training uses all visible GPUs, or one per rank of torchrun; "
+            f"give --device cuda, and make one GPU visible by CUDA_VISIBLE_DEVICES={number}"
+        )
+    return resolve_device(name)
 
 
 def optional_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> object:

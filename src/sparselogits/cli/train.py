@@ -17,14 +17,14 @@ from sparselogits.cli.options import (
     OUTPUT,
     TRAINING,
     Allow,
-    Device,
     DraftIds,
     Json,
     MixtureWeights,
+    TrainingDevice,
     parsed_weights,
     print_json,
     print_next,
-    resolve_device,
+    resolve_training_device,
 )
 from sparselogits.console import messages, results, stage
 from sparselogits.errors import RecipeError, SparseLogitsError
@@ -66,7 +66,7 @@ def train(
         shown="the student's, the cache's or the teacher's",
     ),
     draft_vocabulary: DraftIds = None,
-    device: Device = "auto",
+    device: TrainingDevice = "auto",
     cache: list[str] | None = DATA(
         "Folder or URL of the cache to train from. May be repeated, to mix caches of several "
         "teachers over the same text.",
@@ -158,7 +158,7 @@ def train(
     else:
         loaded = parse_recipe(given, source="the command line")
     if os.environ.get("RANK", "0") != "0":  # under torchrun only the first rank prints
-        run(loaded, device=resolve_device(device))
+        run(loaded, device=resolve_training_device(device))
         leave_process_group()
         return
     planned: list[PlannedRun] = []
@@ -170,7 +170,7 @@ def train(
     with stage("training", "steps") as update:
         result = run(
             loaded,
-            device=resolve_device(device),
+            device=resolve_training_device(device),
             progress=lambda done, total, line: update(
                 done, total, f"loss {line['loss']:.3f}" if "loss" in line else ""
             ),
