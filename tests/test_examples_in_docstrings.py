@@ -23,7 +23,7 @@ NAMES = {
     "sparselogits.lab.planning": ("device_kind", "plan", "quantity"),
     "sparselogits.corpus": ("PackedCorpus", "Packing"),
     "sparselogits.evaluate": ("evaluate", "fieller_interval", "t_interval"),
-    "sparselogits.train": ("run",),
+    "sparselogits.train": ("Recipe", "run"),
     "sparselogits.caching.plan": ("Share", "shard_ranges"),
     "sparselogits.data": ("Pace", "Schedule", "WindowOrder", "WindowSampler", "teacher_mass"),
     "sparselogits.store": (

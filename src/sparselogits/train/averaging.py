@@ -35,7 +35,8 @@ def average_checkpoints(
 
     The mean is computed in float32 by torch's `AveragedModel`; two models are in memory at a time.
 
-    The average of drafters has the draft vocabulary of the drafters.
+    The average of drafters has the draft vocabulary of the drafters. The folder also contains a
+    model card, and the first tokenizer that a checkpoint has, if any.
 
     Args:
         folders: at least two model folders of the same architecture: checkpoints of the Trainer, or

@@ -53,7 +53,8 @@ class Objective:
         missing_mass: rule for the probability mass that biased targets lack, see `losses`.
         temperature: temperature at which the teacher was sampled.
         unbiased: whether the targets are unbiased, so that a KL divergence can be reported.
-        teacher_head: head of the online teacher; each batch contains the teacher's hidden states.
+        teacher_head: head of the online teacher, whose hidden states are then in each training
+            batch; None without an online teacher.
         teacher_tokens: mask of the online teacher's ids that are tokens, bool [V]; None if all ids
             are tokens.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.

@@ -451,7 +451,19 @@ def _weights(value: Any) -> Any:
 
 
 class Recipe(TrainingSettings):
-    """All settings of a training run."""
+    """Settings of a training run, as `load_recipe` reads them from a YAML file.
+
+    Fields of transformers' TrainingArguments that are no fields of this class are accepted too.
+
+    Raises:
+        pydantic.ValidationError: a setting is unknown, missing or invalid; `load_recipe` and
+            `parse_recipe` raise RecipeError instead.
+
+    Examples:
+        >>> recipe = Recipe(cache="my-cache", out="my-run", student={"size": "tiny"})
+        >>> recipe.method, recipe.num_train_epochs, recipe.peak_learning_rate
+        ('sparse', 1.0, 0.001)
+    """
 
     cache: Annotated[Path | str | list[Path | str], PlainValidator(_caches)] = Field(
         description="folder or URL of the cache; a list mixes the caches of several teachers"

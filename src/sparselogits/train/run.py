@@ -160,7 +160,8 @@ def run(
         recipe: the recipe.
         teacher: loaded teacher for a method with the teacher online; None to load the teacher that
             the recipe names.
-        device: device of the student; None for the Trainer's choice, "cpu" for no accelerator.
+        device: "cpu" to train without an accelerator. With None or another name, transformers'
+            Trainer chooses the devices: all visible GPUs or, under torchrun, one per rank.
         progress: function that is called before training, after every step and at every log line.
         announce: function that is called with a description of the run before the first step, but
             not for a finished run.
@@ -521,7 +522,7 @@ def _finish(
 
 
 def _remove_checkpoints(out: Path) -> None:
-    """Move all but the checkpoints from OUT/checkpoints to OUT/logs, and remove the folder."""
+    """Move all but the checkpoints from OUT/checkpoints to OUT/logs; remove OUT/checkpoints."""
     for path in (out / "checkpoints").glob("*"):
         if not path.name.startswith("checkpoint-"):
             (out / "logs").mkdir(exist_ok=True)
@@ -558,7 +559,8 @@ def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
 def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunResult | None:
     """Return the result of a finished run of this recipe; None if there is no finished run.
 
-    Raises RecipeError if the folder contains a run of another recipe, cache or student.
+    Raises RecipeError if the folder contains a run of another recipe, cache or student, and
+    CacheError or TeacherError if the cache or student of an unfinished run cannot be read.
     """
     if not (out / "recipe.json").exists():
         return None

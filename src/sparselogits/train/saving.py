@@ -40,7 +40,8 @@ def save_student(
 
     Args:
         model: the student, which is changed: the adapter of a PEFT model is saved and then merged
-            into the weights, and the weights are converted to `dtype`.
+            into the weights, the weights are converted to `dtype`, and a head for a draft
+            vocabulary is widened (`DraftVocabulary.widen_head`).
         out: folder of the run.
         tokenizer: tokenizer to save with the student; None to save none.
         dtype: number format of the saved weights.

@@ -178,10 +178,10 @@ def _with_adapter(model: nn.Module, lora: Lora) -> nn.Module:
 
 
 def require_finite_weights(model: nn.Module, what: str) -> None:
-    """Validate that all weights of a model are finite; `what` names the model in the message.
+    """Validate that all parameters of a model are finite; `what` names the model in the message.
 
     Raises:
-        TeacherError: a weight is NaN or infinite.
+        TeacherError: a floating-point parameter has a value that is NaN or infinite.
     """
 
     def plain(parameter: nn.Parameter) -> torch.Tensor:

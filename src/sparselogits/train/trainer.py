@@ -65,7 +65,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             preparation (`max_length`, `packing`, ...) are ignored, as the cache fixes them. None
             for `TrainingArguments("sparselogits-run")`.
         train_dataset: the cache, or several caches that are mixed (see `CacheDataset`). If it has a
-            draft vocabulary, the student has a head for its classes (`DraftVocabulary.give_head`).
+            draft vocabulary, the student must have a head for the classes of the vocabulary
+            (`DraftVocabulary.give_head`).
         method: name of a training method in `methods.METHODS`: "sparse" (the cached targets), "ce"
             (labels alone, the baseline without a teacher), or a divergence to the teacher's whole
             distribution with the teacher online: "full" (the expensive reference), "reverse_kl" (as
