@@ -230,7 +230,11 @@ def plain_row(
 def _unpacked(
     values: Mapping[str, Any], where: Where, packing: DistillKitPacking | None
 ) -> Mapping[str, Any]:
-    """Convert a row in DistillKit's format. Raises InvalidTargetsError."""
+    """Convert a row in DistillKit's format to lists of ids and logprobs.
+
+    Probabilities above 1, and sums above 1 but at most `LOSSY_MASS`, are reduced to 1. Raises
+    InvalidTargetsError for an invalid row, or if `packing` is None.
+    """
     if packing is None:
         fail(
             where,

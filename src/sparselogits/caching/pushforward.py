@@ -416,7 +416,7 @@ class Retokenizer:
         return self.student.first_of(prefix + own, begins) if prefix + own else -1
 
     def images_of(self, tokens: _Ints) -> _Ints:
-        """Return the first student token of each teacher token by itself; negative for none."""
+        """Return the student's first token of each teacher token's bytes; negative for none."""
         known = self._images
         for token in np.unique(tokens[known[tokens] == _UNKNOWN]).tolist():
             known[token] = self._continued(b"", token, False)
@@ -424,7 +424,7 @@ class Retokenizer:
 
     @cached_property
     def _images(self) -> _Ints:
-        """Results of `images_of` so far, int64 [V]."""
+        """Results of `images_of` so far, int64 [V]; `_UNKNOWN` for tokens not mapped yet."""
         return np.full(max(self.teacher.size, self.width), _UNKNOWN)
 
 

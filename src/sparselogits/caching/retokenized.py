@@ -116,8 +116,8 @@ def retokenize(
             None derives the length from up to 256 converted windows: their largest length, but at
             most 1.25 times their mean length if windows join documents, rounded up to a multiple of
             8.
-        special: special tokens of the student by those of the teacher; an empty string spells the
-            token as text. Other special tokens are mapped to tokens of equal text or role.
+        special: mapping from special tokens of the teacher to special tokens of the student, or to
+            "" to spell the token as text. Others are mapped to tokens of equal text or role.
         followed: largest number of tokens of the text through which the rounds that drew them are
             continued (see `pushforward`); 0 maps each drawn token by its own bytes alone, so that
             long tokens of the student get too little probability.

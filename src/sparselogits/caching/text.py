@@ -80,7 +80,7 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
         CacheError: with `append`, the cache has no text, or a text that is damaged or not
             completely packed.
         CorpusError: a `corpus.json` is damaged.
-        IdentityMismatchError: the existing texts have another packing; or, without `append`, the
+        IdentityMismatchError: with `append`, an existing text has another packing; without it, the
             cache was begun with other text.
     """
     if not append:

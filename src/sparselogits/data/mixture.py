@@ -241,7 +241,11 @@ def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
 
 
 def _require_same_settings(one: Cache, other: Cache) -> None:
-    """Validate that two caches agree in packing, temperature, objective, tokenizer and bias."""
+    """Validate that two caches agree in all that a mixture requires, except windows and text.
+
+    Compared are window length, packing, temperature, objective, tokenizer, and whether the samplers
+    are unbiased. Raises IdentityMismatchError.
+    """
     names = ("window_length", "packing", "temperature", "objective")
     here, there = (
         {name: getattr(cache.identity, name) for name in names}

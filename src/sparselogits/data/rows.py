@@ -15,7 +15,8 @@ from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 class TokenisedRows(Dataset[dict[str, Any]]):
     """Dataset of tokenised rows of any length, for evaluation.
 
-    `dataset[i]` is a dict with `input_ids` and `shift_labels`, like the items of `TextDataset`.
+    `dataset[i]` is a dict with `input_ids` and `shift_labels`, int64 [L], like the items of
+    `TextDataset`.
 
     Args:
         rows: a `datasets.Dataset` with `input_ids` and optionally `labels`. `labels` follow the

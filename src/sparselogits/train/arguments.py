@@ -63,7 +63,7 @@ REJECTED_BY_TRAINER: dict[str, str] = {
 
 
 def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
-    """Validate that no argument is one that `SparseKDTrainer` does not support.
+    """Reject arguments that `SparseKDTrainer` does not support.
 
     Args:
         args: transformers' TrainingArguments.

@@ -453,7 +453,8 @@ def _weights(value: Any) -> Any:
 class Recipe(TrainingSettings):
     """Settings of a training run, as `load_recipe` reads them from a YAML file.
 
-    Fields of transformers' TrainingArguments that are no fields of this class are accepted too.
+    Other fields of transformers' TrainingArguments are accepted too, except `output_dir`, which
+    `out` replaces.
 
     Raises:
         pydantic.ValidationError: a setting is unknown, missing or invalid; `load_recipe` and

@@ -94,8 +94,8 @@ class RunResult:
         curve: (step, training loss in nats) of every log line with a loss.
         label_curve: (step, cross-entropy to the labels in nats) of every log line with this value;
             comparable between methods.
-        entries: stored entries per position at the last log line, after thinning; None for a method
-            without cached targets.
+        entries: entries per position with a label at the last log line, after thinning; None for a
+            method without cached targets.
         fresh: whether this call trained; False if the run was already finished.
     """
 

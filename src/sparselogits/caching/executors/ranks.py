@@ -2,7 +2,8 @@
 
 A rank derives its share from environment variables, so the tasks of a Slurm array need not run at
 the same time, and a later run computes the ranges of tasks that did not finish. The first rank
-packs the text, fits the budget and creates the caches; the other ranks wait until both exist.
+packs the text, fits the budget and creates the caches; the other ranks wait until packed text and
+caches exist.
 """
 
 from __future__ import annotations
@@ -86,12 +87,12 @@ def wait_for_first_rank(
     """Wait until the first rank has packed the text and created the caches.
 
     Args:
-        begun: function that returns whether the first rank has created the caches.
+        begun: function that returns whether the packed text and the caches exist.
         seconds: longest time to wait, in seconds.
         every: time between two calls of `begun`, in seconds.
 
     Raises:
-        CacheError: the caches do not exist after `seconds` seconds.
+        CacheError: `begun` still returns False after `seconds` seconds.
     """
     end = time.monotonic() + seconds
     while not begun():
