@@ -9,8 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    AfmoeConfig,
     DeepseekV3Config,
     Gemma3nTextConfig,
+    Gemma4TextConfig,
+    Llama4TextConfig,
     MixtralConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -183,6 +186,20 @@ SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts
             144,
         ),
         (Qwen3MoeConfig, {"intermediate_size": 500, "moe_intermediate_size": 48}, 500),
+        (Llama4TextConfig, {"intermediate_size": 48, "intermediate_size_mlp": 96}, 240),
+        (Llama4TextConfig, {"intermediate_size": 48, "intermediate_size_mlp": 500}, 500),
+        (
+            Gemma4TextConfig,
+            {"intermediate_size": 100, "moe_intermediate_size": 48, "top_k_experts": 2}
+            | {"num_experts": 4, "enable_moe_block": True, "vocab_size_per_layer_input": 128},
+            196,
+        ),
+        (
+            AfmoeConfig,
+            {"intermediate_size": 100, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+            | {"num_experts": 4, "num_shared_experts": 1},
+            144,
+        ),
     ],
 )
 def test_the_shape_sums_over_active_experts(kind, sizes, expected, tmp_path):

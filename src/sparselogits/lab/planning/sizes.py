@@ -107,11 +107,22 @@ def _number(config: object, name: str) -> int:
 
 def _active_intermediate(config: object) -> int:
     """Return the intermediate size of the largest MLP, summed over active experts; 0 if unknown."""
+
+    def first(*names: str) -> int:
+        return next((value for name in names if (value := _number(config, name))), 0)
+
     dense = _number(config, "intermediate_size")
     expert = _number(config, "moe_intermediate_size") or dense
-    shared = (
-        _number(config, "shared_expert_intermediate_size")
-        or _number(config, "shared_intermediate_size")
-        or _number(config, "n_shared_experts") * expert
-    )
-    return max(dense, _number(config, "num_experts_per_tok") * expert + shared)
+    experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    active = first("num_experts_per_tok", "top_k_experts")
+    shared = first("shared_expert_intermediate_size", "shared_intermediate_size")
+    shared_experts = first("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+    shared = shared or shared_experts * expert
+    if mlp := _number(config, "intermediate_size_mlp"):  # Llama 4, with experts of the other size
+        # its layers of experts have a shared one, and transformers runs all experts on all tokens
+        return max(mlp, (experts + 1) * dense)
+    if getattr(config, "enable_moe_block", False):  # Gemma 4, whose experts run beside the MLP
+        shared = dense
+    if experts > 1 and not active:
+        return 0
+    return max(dense, active * expert + shared)
