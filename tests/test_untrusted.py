@@ -17,6 +17,7 @@ from sparselogits.errors import CacheError
 from sparselogits.untrusted import (
     NotRegularError,
     json_text,
+    leads_outside,
     open_regular,
     parse_json,
     printable,
@@ -173,3 +174,23 @@ def test_a_bug_is_one_message_and_its_traceback_is_kept(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         run_and_exit(broken)
     assert "Please report it with the command and the output of --debug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sub", ["", "de", "de/train"])
+def test_blobs_are_part_of_a_folder_in_the_hubs_cache(tmp_path, sub):
+    """`snapshot_download` makes links to blobs, and a user may name a folder within a snapshot."""
+    repository, other = tmp_path / "datasets--org--name", tmp_path / "datasets--org--other"
+    for each in (repository, other):
+        (each / "blobs").mkdir(parents=True)
+        (each / "blobs/0a1b").write_text("{}")
+    folder = repository / "snapshots/c0ffee" / sub
+    folder.mkdir(parents=True)
+    links = {"own": repository / "blobs/0a1b", "other": other / "blobs/0a1b"}
+    for name, target in links.items():
+        (folder / name).symlink_to(os.path.relpath(target, folder))
+    assert not leads_outside(folder / "own", folder)
+    assert leads_outside(folder / "other", folder)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "link").symlink_to(repository / "blobs/0a1b")
+    assert leads_outside(plain / "link", plain)

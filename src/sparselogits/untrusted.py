@@ -75,11 +75,13 @@ def open_regular(path: str | Path) -> int:
 def leads_outside(path: Path, folder: Path) -> bool:
     """Return whether links lead from a path in a folder to a file outside of it.
 
-    The blobs of the hub cache that contains the folder are regarded as part of the folder.
+    In the hub's cache the files of a snapshot are links to `blobs` of the same repository. These
+    blobs are regarded as part of the folder, which may be a folder within a snapshot.
     """
     real, home = (Path(os.path.realpath(own)) for own in (path, folder))  # a loop is no error
-    hub = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    return not real.is_relative_to(home) and (hub is None or not real.is_relative_to(hub))
+    snapshots = next((own for own in home.parents if own.name == "snapshots"), None)
+    in_hub = snapshots is not None and real.is_relative_to(snapshots.parent / "blobs")
+    return not real.is_relative_to(home) and not in_hub
 
 
 def kind_of_file(mode: int) -> str:
