@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from sparselogits import files
+from sparselogits.corpus.locate import locate
 from sparselogits.errors import InvalidArgumentError, StorageError
 from sparselogits.files import (
     clean_leftovers,
+    expanded,
     require_new_folder,
     temporary_name,
     whole_folder,
@@ -297,6 +299,20 @@ def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypa
     write_whole(tmp_path / "file", "x")
     assert LocalStorage(tmp_path).create("shard", b"x")
     assert names(tmp_path) == ["file", "shard"]
+
+
+def test_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/a") == tmp_path / "a"
+    assert expanded(Path("a/~")) == Path("a/~")
+    message = r"'~nosuchuser/x' begins with a home folder that does not exist .*; give another path"
+    for use in (
+        expanded,
+        lambda path: locate(path, "train"),
+        lambda path: locate(path + "*", "train"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message.replace("x'", r"x\*?'")):
+            use("~nosuchuser/x")
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):

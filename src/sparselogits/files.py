@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, StorageError
-from sparselogits.untrusted import kind_of_file
+from sparselogits.untrusted import kind_of_file, shown
 
 fcntl: Any = import_module("fcntl") if os.name == "posix" else None
 """Module `fcntl` with the kernel's file locks; None on Windows, where it does not exist."""
@@ -254,6 +254,21 @@ def _cannot_write(path: Path, error: OSError) -> str:
         f"cannot write {path}: {error.strerror or error}; no partial file was left under that "
         f"name. {advice}; then start the same command again"
     )
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with a leading `~` or `~user` replaced by the home folder.
+
+    Raises:
+        InvalidArgumentError: the user does not exist or has no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"{shown(str(path))} begins with a home folder that does not exist on this machine; "
+            "give another path, or begin it with ./ if the name itself has a tilde"
+        ) from error
 
 
 def require_file_or_nothing(path: Path) -> None:

@@ -42,7 +42,7 @@ from sparselogits.corpus.formats import SourceFile, read_errors
 from sparselogits.corpus.locate import locate
 from sparselogits.corpus.records import Fields, Where
 from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
-from sparselogits.files import require_new_folder, whole_folder
+from sparselogits.files import expanded, require_new_folder, whole_folder
 from sparselogits.identity import Identity
 from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 from sparselogits.samplers import TopK
@@ -133,7 +133,7 @@ def import_collected(
         raise CacheError(
             f"{out} is a URL; import to a folder, then copy the cache with `sparselogits merge`"
         )
-    folder = Path(out).expanduser().absolute()
+    folder = expanded(out).absolute()
     require_new_folder(folder)
     source = Source(data, locate(data, "train").files, Fields())
     rows = _rows(source.files, compression, allow)

@@ -26,6 +26,7 @@ from sparselogits.corpus.formats import (
 )
 from sparselogits.corpus.splits import find_splits
 from sparselogits.errors import CorpusError
+from sparselogits.files import expanded
 from sparselogits.untrusted import leads_outside, read_json, shown
 
 _HIDDEN = (".", "__")
@@ -80,8 +81,9 @@ def locate(data: str, split: str) -> Located:
     Raises:
         CorpusError: no file is found or can be read, no file has a known format, all files are
             empty, or the split does not exist.
+        InvalidArgumentError: the path begins with the home folder of an unknown user.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     base, _, configuration = data.rpartition(":")
     located = None
     try:
@@ -108,8 +110,8 @@ def locate(data: str, split: str) -> Located:
     elif any(sign in data for sign in "*?["):
         _require_train(data, split)
         files = _matching(data)
-    elif base and Path(base).expanduser().is_dir():
-        located = _folder(Path(base).expanduser(), split, configuration)
+    elif base and expanded(base).is_dir():
+        located = _folder(expanded(base), split, configuration)
     elif _HUB_NAME.fullmatch(data) and not _looks_like_file(path):
         files = _hub_dataset(data, split)
     elif "://" in data:
@@ -333,7 +335,7 @@ def _of_one_format(names: Sequence[str], formats: Mapping[str, Format | None]) -
 
 
 def _matching(pattern: str) -> list[SourceFile]:
-    parts = Path(pattern).expanduser().parts
+    parts = expanded(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     root = Path(*parts[:fixed])
     # hidden files (.ipynb_checkpoints, .git) match only explicit patterns, as in `datasets`
