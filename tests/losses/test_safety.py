@@ -98,6 +98,24 @@ def test_nan_in_gradients_too():
     assert p["linear_weight"].grad.isnan().all()
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_targets_that_do_not_count_may_hold_nan(rule, temperature, impl):
+    """With alpha=1 the loss is the labels' cross-entropy, and so are its gradients."""
+    p, names = problem(), ("input", "linear_weight", "linear_bias")
+    options = {"missing_mass": rule, "temperature": temperature, "impl": impl, "alpha": 1.0}
+    clean = linear_sparse_cross_entropy(**p, **options)
+    expected = torch.autograd.grad(clean, [p[name] for name in names])
+    with torch.no_grad():
+        stored = p["target_weights"] != 0
+        p["target_weights"] = p["target_weights"].masked_fill(stored, torch.nan)
+    parts = linear_sparse_cross_entropy(**p, **options, return_parts=True)
+    assert parts.kd.isnan()
+    torch.testing.assert_close(parts.loss, clean)
+    torch.testing.assert_close(torch.autograd.grad(parts.loss, [p[n] for n in names]), expected)
+
+
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_rows_that_do_not_count_may_hold_nan(impl):
     p = problem()

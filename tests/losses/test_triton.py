@@ -200,6 +200,15 @@ def check_everything() -> int:
     for rule in RULES:
         check_huge_logits(rule)
         cases += 1
+    for rule, temperature in itertools.product(RULES, (1.0, 2.0)):
+        p = problem(torch.float32)  # alpha=1 leaves the target out, NaN or not
+        options = {"missing_mass": rule, "temperature": temperature, "alpha": 1.0}
+        _, _, *expected = run(p, **options, impl="reference")
+        weights = p["target_weights"]
+        p["target_weights"] = weights.masked_fill(weights != 0, torch.nan)
+        _, _, *found = run(p, **options, impl="triton")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        cases += 1
     p = problem(torch.float32)
     with torch.no_grad():
         p["linear_weight"][0, 0] = torch.nan

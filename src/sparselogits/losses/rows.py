@@ -262,17 +262,21 @@ def _gradient_(
 ) -> None:
     """Replace the softmax in u, [R, V], by row_weight * (kd_share dkd/du + ce_share dce/du)."""
     weight = targets.row_weight[:, None]
-    kd_weight = kd_share * weight
-    whole = kd_weight * _target_mass(softmax, targets) + ce_share * weight
+
+    def of_kd(target: Tensor) -> Tensor:
+        """Return the share of kd times a part of the target, which may be NaN if the share is 0."""
+        return kd_share * weight * target if kd_share else torch.zeros_like(target)
+
+    whole = of_kd(_target_mass(softmax, targets)) + ce_share * weight
     if softmax.ghost is None:
         u.mul_(whole)
     else:
         share_of_rest = (softmax.log_rest - softmax.log_sum).exp()
-        u.mul_(whole * share_of_rest - kd_weight * softmax.ghost)
+        u.mul_(whole * share_of_rest - of_kd(softmax.ghost))
     if softmax.total is not None and targets.spread is not None:
-        u.sub_(kd_weight * targets.spread[:, None])
+        u.sub_(of_kd(targets.spread[:, None]))
     if softmax.values is not None:
-        at_stored = -kd_weight * targets.weights
+        at_stored = -of_kd(targets.weights)
         if softmax.ghost is not None:
             student = (softmax.values - softmax.log_sum).exp()
             at_stored = at_stored + torch.where(targets.weights != 0, whole * student, 0.0)

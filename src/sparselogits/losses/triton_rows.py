@@ -232,6 +232,12 @@ def row_loss_kernel(
 
     if WITH_GRAD:
         weight = tl.load(row_weight_ptr + row)
+        distils = alpha != 1.0  # otherwise the target may be NaN
+        mass = tl.where(distils, mass, 0.0)
+        if HAS_SPREAD:
+            spread = tl.where(distils, spread, 0.0)
+        if HAS_GHOST:
+            ghost = tl.where(distils, ghost, 0.0)
         kd_weight = (1.0 - alpha) * cold * weight
         ce_weight = alpha * weight
         push = kd_weight * mass  # factor of s at the target's temperature
@@ -253,7 +259,8 @@ def row_loss_kernel(
         for other in range(0, E):
             other_id = tl.load(ids_ptr + row * E + other)
             other_weight = tl.load(weights_ptr + row * E + other)
-            at_stored -= tl.where(ids == other_id, kd_weight * other_weight, 0.0)
+            repeats = (ids == other_id) & distils
+            at_stored -= tl.where(repeats, kd_weight * other_weight, 0.0)
         if TWO_TEMPERATURES:
             at_stored += push1 * tl.exp(values) / whole_sum1
         if WITH_CE:
