@@ -139,6 +139,12 @@ def test_every_interval_can_be_recomputed_from_the_sums_of_windows(results, valu
         (tmp_path / "w.npz").write_bytes(content)
         with pytest.raises(CacheError, match="not a file of per-window sums"):
             read_windows(tmp_path / "w.npz")
+    for at in range(0, len(whole), max(1, len(whole) // 400)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x55
+        (tmp_path / "w.npz").write_bytes(damaged)
+        with suppress(CacheError):  # damage may be in bytes that are not read
+            read_windows(tmp_path / "w.npz")
 
 
 def test_a_row_is_formed_again_when_what_it_rests_on_is_new(results, values, tmp_path):

@@ -17,10 +17,11 @@ import argparse
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -34,6 +35,10 @@ TOLERANCE = 1e-4
 
 Sums are rounded to float32, and results to six digits.
 """
+
+
+_UNREADABLE = (OSError, ValueError, LookupError, EOFError, BadZipFile, zlib.error, RuntimeError)
+"""Errors for files that are no archives, or have damaged, missing or encrypted members."""
 
 
 def pack_windows(sums: Mapping[RunKey, WindowSums]) -> bytes:
@@ -85,10 +90,11 @@ def read_windows(path: Path) -> dict[RunKey, WindowSums]:
         CacheError: If the file is missing or is not an archive of per-window sums.
     """
     try:
-        stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with stored:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:  # numpy fails on damaged bytes with errors of many kinds
+            raise ValueError(f"{damaged} is damaged")
+        with np.load(path, allow_pickle=False) as stored:
             names = stored["names"].tolist()
             columns = {name: stored[name].astype(np.float64) for name in METRICS}
             return {
@@ -97,7 +103,7 @@ def read_windows(path: Path) -> dict[RunKey, WindowSums]:
                 }
                 for row, (method, student, seed) in enumerate(stored["runs"].tolist())
             }
-    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile) as error:
+    except _UNREADABLE as error:
         raise CacheError(
             f"{path} is not a file of per-window sums ({error}). Give the windows.npz that "
             "`sparselogits compare` writes into the folder of results.json"
