@@ -260,6 +260,18 @@ def test_finished_runs_are_not_repeated(results, values, monkeypatch):
         compare(parse_compare_recipe(longer, source="test"))
 
 
+def test_a_renamed_method_keeps_its_run(results, values, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(values["out"], out)
+    names = [{"method": "ce", "name": name} for name in ("labels", "labels again")]
+    again = compare(parse_compare_recipe(values | {"out": str(out), "methods": names}, source="it"))
+    before = {run.seed: run.folder for run in results.runs if run.method == "CE"}
+    assert [run.folder for run in again.runs] == [before[run.seed] for run in again.runs]
+    assert {(run.method, run.seed) for run in again.runs} == {
+        (name, seed) for name in ("labels", "labels again") for seed in (0, 1)
+    }
+
+
 def test_a_run_that_breaks_is_recorded_and_tried_again(results, values, tmp_path, monkeypatch):
     shutil.copytree(Path(values["out"]) / "caches", tmp_path / "out" / "caches")
     recipe = parse_compare_recipe(

@@ -3,10 +3,10 @@
     OUT/runs/METHOD--STUDENT--SEED--KEY/    the student, see train/run.py
     OUT/finished/runs/FINGERPRINT.json      outcome of the run, see finished.py
 
-The fingerprint covers identity of the cache, text, method, student, training settings, seed,
-held-out windows and drafting, but not the device; KEY is the first eight digits of the fingerprint.
-A finished run is not repeated when other settings of the recipe change. Processes may share a
-directory; each skips runs that another process is training.
+The fingerprint covers the identity of the cache, text, method, student, training settings, seed,
+held-out windows and drafting, but neither names nor the device; KEY is the first eight digits of
+the fingerprint. A finished run is not repeated when other settings of the recipe change, and keeps
+its folder. Processes may share a directory; each skips runs that another process is training.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
         for name, student in setting.students.items()
         if student.path is not None
     }
+    runs = recipe.out / "runs"
+    folders = {path.name.rpartition("--")[2]: path for path in runs.glob("*--*")}
     found = []
     for seed in recipe.seeds:
         for name, student in recipe.students.items():
@@ -130,7 +132,8 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
                 }
                 key = fingerprint(inputs)
                 words = [slug(method.title)[:60], slug(name), str(seed), key[:8]]
-                folder = recipe.out / "runs" / "--".join(words)
+                # a run keeps its folder when a method or a student is renamed
+                folder = folders.setdefault(key[:8], runs / "--".join(words))
                 found.append(Planned(method, name, seed, folder, key))
     return found
 
