@@ -35,6 +35,9 @@ def test_pruned_and_quantised_students(tiny, tmp_path):
             config = json.loads((folder / "model" / "config.json").read_text())
             assert config["quantization_config"]["quant_method"] == "torchao"
             assert trained.config.num_hidden_layers == 2
+    counted = results.settings["student_parameters"]
+    assert counted["int4"] == results.settings["teacher"]["parameters"]
+    assert counted["pruned"] == sum(value.numel() for value in pruned.parameters())
     # the teacher's own weights in four bits are nearer to it than one block of two
     kl = {row.student: row.figures["kl"].mean for row in results.methods if row.method == "CE"}
     assert kl["int4"] < kl["pruned"]

@@ -188,6 +188,10 @@ def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> d
     }
 
 
+_GRID = ("._weight_scale", "._weight_zero_point")
+"""Ends of the names of tensors that torchao stores in addition to quantised weights."""
+
+
 def _parameters(runs: Sequence[Run], student: str) -> int | None:
     """Return a student's number of parameters, read from a run's model.safetensors, or None."""
     for run in runs:
@@ -195,7 +199,8 @@ def _parameters(runs: Sequence[Run], student: str) -> int | None:
             continue
         file = run.planned.folder / "model" / "model.safetensors"
         if file.exists():
-            return sum(math.prod(shape) for _, shape in tensor_shapes(file))
+            shapes = tensor_shapes(file)
+            return sum(math.prod(shape) for name, shape in shapes if not name.endswith(_GRID))
     return None
 
 
