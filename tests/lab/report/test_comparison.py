@@ -21,7 +21,12 @@ from sparselogits.lab.report.charts import (
     static,
 )
 from sparselogits.lab.report.comparison import report_page
-from sparselogits.lab.report.comparison_charts import ALL_SHOWN, drawings_of, hidden_at_first
+from sparselogits.lab.report.comparison_charts import (
+    ALL_SHOWN,
+    drawings_of,
+    hidden_at_first,
+    in_words,
+)
 from sparselogits.lab.report.headline import headline
 from tests.lab.report.browser import DESKTOP, PHONE, opened
 from tests.lab.report.material import HOSTILE, RECORD, gradient, method
@@ -274,6 +279,11 @@ def test_no_two_methods_look_alike():
     hidden = set(hidden_at_first(stored))
     assert {"CE", "full KD", "RS-KD 12", "systematic 12", "Top-K 12"}.isdisjoint(hidden)
     assert "Top-K 12, smooth" in hidden
+
+
+def test_settings_in_words():
+    setting = {"tokens": 12_000, "thinning": {"rounds": 5, "fresh_noise": False}, "name": "a"}
+    assert in_words(setting) == "tokens 12,000, thinning rounds 5, fresh_noise False, name a"
 
 
 def test_looks_of_methods_in_groups():

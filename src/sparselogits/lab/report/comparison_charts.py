@@ -29,7 +29,7 @@ def in_words(value: Any) -> str:
     """Format a setting as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {in_words(each)}" for name, each in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def series_of(row: MethodRow) -> str:
