@@ -1,8 +1,8 @@
 """Prepare a comparison: pack the text, load the teacher, create the students, build the caches.
 
-One pass of the teacher writes all caches. Methods with equal samplers and budgets share a cache;
-methods without cached targets read the text from a Top-1 cache. If a sampler cannot be fitted to
-its budget, only the methods that use the sampler fail.
+One pass of the teacher over the text writes all caches. Methods with equal samplers and budgets
+share a cache; methods without cached targets read the text from a Top-1 cache. If a sampler cannot
+be fitted to its budget, only the methods that use the sampler fail.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def silent_stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Upd
 
 @dataclass(frozen=True)
 class Draw:
-    """Sampler settings and random seed that determine the content of a cache.
+    """Sampler settings and random seed, in which the caches of a comparison differ.
 
     Args:
         parameters: name and parameters of the sampler, as in the recipe.
@@ -74,7 +74,7 @@ class Draw:
 
     @classmethod
     def of(cls, method: MethodSpec, recipe: CompareRecipe, seed: int) -> Draw:
-        """Return the settings of the cache from which the run of a method and a seed is trained."""
+        """Return the settings of the cache that the run of a method with a seed reads."""
         if method.sampler is None:
             return cls({"name": LABELS_ONLY.name, **LABELS_ONLY.parameters()})
         random = method.sampler.sampler().is_random
@@ -88,7 +88,7 @@ class Draw:
 
     @property
     def key(self) -> str:
-        """Name of the cache's folder: the settings in words, and the first digits of their hash."""
+        """Name of the cache's folder: the settings' values, and the first digits of their hash."""
         described = {**self.parameters, "budget": self.budget}
         if self.seed is not None:
             described["draw"] = self.seed
@@ -152,7 +152,8 @@ def prepare(
 
     Raises:
         SparseLogitsError: If the teacher, the text or a student cannot be used, or the directory
-            contains text or caches with other settings.
+            contains text or caches with other settings. A sampler that cannot be fitted to its
+            budget is recorded in `Setting.failures`.
     """
     source = open_source(
         recipe.data,
@@ -258,7 +259,11 @@ def _fit_samplers(
     corpus: PackedCorpus,
     corruption: Corruption | None,
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """Return fitted samplers and the reasons for failures, both by `Draw.fit_key`."""
+    """Load stored samplers, and fit and store the others.
+
+    Returns:
+        Samplers, and the reasons why others could not be fitted, both by `Draw.fit_key`.
+    """
     samplers: dict[str, Sampler] = {}
     failures: dict[str, str] = {}
     pilot: list[Window] = []

@@ -5,11 +5,11 @@
       caches/         caches, see `Draw` in caches.py
       students/       students made from the teacher, see students.py
       tasks/          data of zero-shot tasks, see tasks.py
-      runs/           trained students, see runs.py
+      runs/           students, trained or measured before training, see runs.py
       finished/       values that are not computed again, see finished.py
       results.json    see results.py; rewritten after every run
-      results.csv
-      windows.npz     per-window sums of all runs, see windows.py; written last
+      results.csv     metrics from results.json as a table
+      windows.npz     per-window sums of all finished runs, see windows.py; written last
 
 The same command resumes an interrupted comparison; finished work is not repeated.
 """
@@ -142,7 +142,7 @@ def compare(
 def write_results(
     state: ComparisonState, teacher: TeacherRow | None, tasks: TaskSetting | None
 ) -> Results:
-    """Compute the results of all finished work, and write results.json and results.csv."""
+    """Write results.json and results.csv from all finished work, and return the results."""
     recipe, setting, runs = state.recipe, state.setting, state.runs()
     rows = state.method_rows(runs)
     results = Results(

@@ -37,7 +37,7 @@ class FinishedWork:
         self._known: dict[Path, Any] = {}
 
     def value(self, kind: str, key: str) -> Any | None:
-        """Load a value; None if it has not been computed."""
+        """Load a value; None if none is stored."""
         file = self._file(kind, key)
         if file not in self._known:
             content = self._read(file)

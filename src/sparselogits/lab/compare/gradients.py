@@ -5,8 +5,8 @@ alpha of the labels; CE has the labels as targets. Methods with equal targets sh
 Methods without cached targets, except CE, and methods with a thinning schedule are not measured.
 
 For each student of the recipe, the gradients of all methods are measured on the model of one run.
-While another process is training that model, nothing is measured, because the other process
-measures when its runs are done. One process measures at a time; others wait.
+While another process is training that model, nothing is measured for the student, because the other
+process measures when its runs are done. One process measures at a time; others wait.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ MEASURED = 1
 
 @dataclass(frozen=True)
 class PlannedMeasurement:
-    """Measurement that the recipe requires.
+    """Measurement of a method's gradients on one student, which the recipe requires.
 
     Args:
         method: method whose targets are measured.
-        on: run whose student is measured.
+        on: run on whose trained model the gradients are computed.
         fingerprint: fingerprint of all inputs that determine the measurement.
     """
 
@@ -51,7 +51,7 @@ class PlannedMeasurement:
 def measure_missing(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], *, device: str, stage: OpenStage
 ) -> None:
-    """Measure the gradients that the recipe requires and that are not stored, and store them."""
+    """Measure the required gradients that are not stored, and store the results or the failures."""
     if recipe.gradients is None:
         return
     work = setting.work
@@ -75,7 +75,7 @@ def measure_missing(
 def with_gradients(
     rows: Sequence[MethodRow], recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]
 ) -> list[MethodRow]:
-    """Add the stored gradient measurements to the rows of methods."""
+    """Return the rows of methods with the stored gradient measurements and failures."""
     if recipe.gradients is None:
         return list(rows)
     measurements = {
@@ -101,7 +101,8 @@ def _planned_measurements(
 ) -> list[PlannedMeasurement]:
     """Return the measurements on a student, one per method with a cache and a constant target.
 
-    The result is empty if gradients are not required or no run of the student can be measured yet.
+    See `_has_constant_target`. The result is empty if gradients are not required or no run of the
+    student can be measured yet.
     """
     on = _run_to_measure(recipe, [run for run in runs if run.planned.student == student])
     if recipe.gradients is None or on is None:
@@ -125,7 +126,10 @@ def _planned_measurements(
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """Return the first run that has not failed, CE's first; None if it is unfinished or missing."""
+    """Return the first run that has not failed, runs of CE before others.
+
+    The result is None if that run is not finished, or if all runs have failed.
+    """
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
     of_all = [r for m in recipe.methods for r in runs if r.planned.method.title == m.title]
     for run in (*of_ce, *of_all):
@@ -218,7 +222,7 @@ def _target(
 def _gradient(
     measurement: PlannedMeasurement, measured: Sequence[dict[str, Any]], out: Path
 ) -> Gradient:
-    """Convert stored `GradientFidelity` values to a `Gradient`, the form used in results."""
+    """Convert stored `GradientFidelity` values of the space "parameters" to a `Gradient`."""
     found = [GradientFidelity.from_json(each) for each in measured if each["space"] == "parameters"]
     rows = sorted(found, key=lambda row: row.batch_tokens)
     on = measurement.on.planned

@@ -28,7 +28,7 @@ def provenance() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Return `git describe --always --dirty` of the source tree; "unknown" if Git fails."""
+    """Return `git describe --always --dirty` for this file's folder; "unknown" if Git fails."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

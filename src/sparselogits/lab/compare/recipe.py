@@ -205,7 +205,9 @@ class FromTeacher(_Strict):
         "to the last)",
     )
     calibration_windows: Count = Field(
-        32, description="number of training windows on which blocks, channels and heads are ranked"
+        32,
+        description="largest number of training windows on which blocks, channels and heads are "
+        "ranked",
     )
     quantize: Quantize | None = Field(
         None, description="quantisation of the weights (see student.quantize of a training recipe)"
@@ -303,8 +305,8 @@ class CompareRecipe(_Strict):
     )
     tokenized_by: str | None = Field(
         None,
-        description="tokenizer of data that consists of token ids, a row of which is a window; the "
-        "data is text when absent",
+        description="tokenizer of data that consists of token ids, a row of which is a window "
+        "unless join_rows is set; the data is text when absent",
     )
     join_rows: bool = Field(
         False, description="concatenate rows of token ids and cut them into windows"
@@ -331,8 +333,8 @@ class CompareRecipe(_Strict):
     )
     vary_draws: bool = Field(
         False,
-        description="build a separate cache for each seed, sampled with draw_seed + seed; if "
-        "false, all seeds share a cache",
+        description="build a separate cache of a random sampler for each seed, sampled with "
+        "draw_seed + seed; if false, all seeds share a cache",
     )
     mask_rate: Annotated[float, Field(gt=0, le=1)] | Literal["random"] | None = Field(
         None,
@@ -367,7 +369,7 @@ class CompareRecipe(_Strict):
         16, description="number of held-out windows in which tokens are drafted"
     )
     gradients: Gradients | None = Field(
-        None, description="comparison of targets' gradients with full KD's; none when absent"
+        None, description="comparison of gradients with those of full KD; none when absent"
     )
     resamples: Count = Field(
         1000, description="number of bootstrap resamples of the windows, for the intervals"
@@ -418,7 +420,7 @@ def load_compare_recipe(path: Path, **overrides: Any) -> CompareRecipe:
 
 
 def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecipe:
-    """Validate the values of a recipe.
+    """Create a recipe from values, and validate them.
 
     Args:
         values: settings by key, as read from YAML.

@@ -130,16 +130,19 @@ class MethodRow(_Value):
     family: str = Field(description="name of the sampler, or of the method if it has no sampler")
     spec: dict[str, Any] = Field(description="the method as in the recipe")
     sampler: dict[str, Any] | None = Field(
-        description="parameters of the sampler, fitted to the budget; None without cached targets"
+        description="name and parameters of the sampler, fitted to the budget; None without cached "
+        "targets, or if the cache could not be built"
     )
     unbiased: bool | None = Field(
         description="whether the targets are unbiased; None without cached targets"
     )
     entries: float | None = Field(
-        description="mean entries per position used in training; None without cached targets"
+        description="mean entries per position used in training; None without cached targets or "
+        "finished seeds"
     )
     bytes_per_token: float | None = Field(
-        description="bytes of the cache per token, without the text; None without cached targets"
+        description="bytes of the cache per token of text, without the text itself; None without "
+        "cached targets, or if the cache could not be built"
     )
     seeds_done: list[int]
     seeds_failed: list[int]
@@ -148,7 +151,8 @@ class MethodRow(_Value):
         description="metrics by the names in evaluate.METRICS"
     )
     minus_ce: dict[str, MetricEstimate] = Field(
-        description="differences of metrics to CE, paired by seed and window; empty without CE"
+        description="differences of loss, kl, acceptance and ece from CE, paired by seed and "
+        "window; empty for CE itself, or without a finished seed in common with CE"
     )
     gap_closed: MetricEstimate | None = Field(
         description="percentage of the gap between CE's loss and full KD's that the method closes, "
@@ -161,18 +165,21 @@ class MethodRow(_Value):
         "the method closes, over the seeds that all three have; None without one of them, or if "
         "the gap is not distinguishable from zero",
     )
-    reliability: list[ReliabilityBin] = Field(description="calibration in 15 bins of equal width")
+    reliability: list[ReliabilityBin] = Field(
+        description="calibration in 15 bins of equal width, without empty bins"
+    )
     tasks: dict[str, MetricEstimate] = Field(
         default_factory=dict,
-        description="zero-shot scores by TASK/METRIC; `windows` and `both` are intervals over the "
-        "samples of a task",
+        description="zero-shot scores by TASK/METRIC; in `windows` and `both`, the samples of a "
+        "task take the place of windows",
     )
     realised: Realised | None = Field(description="result of drafting; None if not measured")
     tokens_per_second: float | None = Field(
-        description="training tokens per second of wall time, median over runs"
+        description="training tokens per second of wall time, median over runs without resuming"
     )
     tokens_per_cpu_second: float | None = Field(
-        description="training tokens per second of processor time, median over runs"
+        description="training tokens per second of processor time, median over runs without "
+        "resuming"
     )
     gradient: Gradient | None = Field(
         None, description="metrics of the targets' gradient; None if not measured"
@@ -219,7 +226,7 @@ class RunRow(_Value):
     gap_closed: float | None = Field(
         None,
         description="percentage of the gap between CE's loss and full KD's, both of the same seed, "
-        "that the run closes",
+        "that the run closes; None without one of them, or if CE's loss is not above full KD's",
     )
     realised: Realised | None = Field(None, description="result of drafting; None if not measured")
     curve: list[tuple[int, float]] = Field(
@@ -227,7 +234,9 @@ class RunRow(_Value):
         description="pairs of step and training cross-entropy to the labels, nats",
     )
     steps: int | None = Field(None, description="number of optimiser steps")
-    tokens: int | None = Field(None, description="number of tokens that the student was trained on")
+    tokens: int | None = Field(
+        None, description="number of steps times tokens per step, including padding"
+    )
     seconds: float | None = Field(
         None, description="wall time of training in seconds; None if training was resumed"
     )
@@ -247,7 +256,9 @@ class TeacherRow(_Value):
     """Results of the teacher on the held-out windows."""
 
     figures: dict[str, float] = Field(description="metrics by name, as in RunRow")
-    reliability: list[ReliabilityBin] = Field(description="calibration in 15 bins of equal width")
+    reliability: list[ReliabilityBin] = Field(
+        description="calibration in 15 bins of equal width, without empty bins"
+    )
     positions: int = Field(description="number of positions with a label")
     windows: int = Field(description="number of windows")
     tasks: dict[str, float] = Field(

@@ -227,7 +227,7 @@ def _train_and_measure(
 
 
 def metrics_by_name(found: HeldOut) -> dict[str, float]:
-    """Return the metrics of a model on held-out text, by their names in results.json."""
+    """Return the computed metrics of a model on held-out text, by their names in results.json."""
     metrics = {
         "loss": found.loss,
         "perplexity": found.perplexity,

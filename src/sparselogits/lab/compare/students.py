@@ -1,9 +1,10 @@
-"""Create the students of a comparison from its teacher: pruned, quantised, or both.
+"""Create the students of a comparison that depend on its teacher.
 
 OUT/students/NAME-FINGERPRINT/    a pruned student before training; every method starts from it
 
-New students of a masked teacher are models of the teacher's class, unless the recipe gives a
-`config`. The folder of a new student contains only the teacher's configuration with other sizes.
+Students that are only quantised start from the teacher, and have no folder. New students of a
+masked teacher are models of the teacher's class, unless the recipe gives a `config`; the folder of
+a new student contains only the teacher's configuration with other sizes.
 """
 
 from __future__ import annotations

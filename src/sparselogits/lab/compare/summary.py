@@ -221,7 +221,11 @@ def _method_row(
 
 
 def _target_bytes_per_text_token(cache: Cache) -> float:
-    """Return the bytes of the targets per token of text; padding, if there is any, is estimated."""
+    """Return the bytes of the targets per token of text.
+
+    Padding is estimated if windows have one document each; padding in rows of token ids counts as
+    text.
+    """
     found, share = cache.statistics(), 1.0
     if cache.identity.packing.get("kind") == "documents":
         share = sample_cache(cache).text_share

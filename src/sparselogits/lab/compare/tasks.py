@@ -208,7 +208,7 @@ def measure_missing_tasks(
 def with_tasks(
     results: Results, planned: Sequence[Planned], tasks: TaskSetting | None, resamples: int
 ) -> Results:
-    """Add the scores of tasks to results; `tasks` is None if the recipe has none."""
+    """Return results with the scores of tasks; `tasks` is None if the recipe has no tasks."""
     if tasks is None:
         return results
     keys = {(run.method.title, run.student, run.seed): run.fingerprint for run in planned}

@@ -3,8 +3,8 @@
     python -m sparselogits.lab.compare.windows RESULTS.json WINDOWS.npz
 
 The command recomputes `figures`, `minus_ce`, `gap_closed` and `recovered` of each method, with
-intervals, and reports those that differ from RESULTS.json. WINDOWS.npz is a compressed archive of
-NumPy arrays, with R finished runs:
+intervals, prints those that differ from RESULTS.json, and exits with 1 if there are any.
+WINDOWS.npz is a compressed archive of NumPy arrays, with R finished runs:
 
     runs             int64 [R, 3]: indices of method and student in `names`, and the seed
     names            titles of the methods and names of the students of these runs
@@ -84,7 +84,7 @@ def windows_of(out: Path) -> bytes:
 
 
 def read_windows(path: Path) -> dict[RunKey, WindowSums]:
-    """Read the per-window sums of runs from windows.npz.
+    """Read the per-window sums of runs from windows.npz, as float64 [W, C].
 
     Raises:
         CacheError: If the file is missing or is not an archive of per-window sums.
@@ -121,7 +121,7 @@ def differences(results: Results, sums: Mapping[RunKey, WindowSums]) -> list[str
         A line for each metric that differs by more than `TOLERANCE`.
 
     Raises:
-        CacheError: The sums of a finished run are missing.
+        CacheError: If the sums of a finished run are missing.
     """
     recipe = results.settings["recipe"]
     found = []
@@ -182,7 +182,7 @@ def _numbers(estimate: MetricEstimate) -> list[float | None]:
 
 
 def main() -> None:
-    """Print the metrics of stored results that differ from those recomputed from windows.npz."""
+    """Print the stored metrics that differ from recomputed ones; exit with 1 if there are any."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, help="results.json of a comparison, or its directory")
     parser.add_argument("windows", type=Path, help="windows.npz of the same comparison")
