@@ -39,7 +39,7 @@ class Target:
 
     Raises:
         InvalidArgumentError: If the rule would bias an unbiased target, `alpha` is out of range, or
-            the sampler does not draw at least `rounds` rounds.
+            `rounds` is less than 1 or more than the rounds that the sampler draws.
     """
 
     name: str
@@ -81,6 +81,10 @@ def standard_targets(
         top_k: values of K, the entries per position of a Top-K target.
         missing_mass: missing-mass rules; there is a Top-K target per K and rule.
         adaptive: sampler that follows a student; added without fitting if given.
+
+    Raises:
+        InvalidArgumentError: If the budget is less than 1 or cannot be met by an unbiased sampler,
+            or a value of `top_k` is invalid.
     """
     targets = []
     for k in top_k:

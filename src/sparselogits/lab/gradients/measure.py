@@ -8,15 +8,15 @@ same student; a random target is drawn several times. Angle, norm ratio, bias an
     hidden         dL/dz U of all positions, concatenated: the gradient that the trunk receives
     summed logits  dL/dz summed over the batch: the gradient of a bias of the head
     summed hidden  dL/dz U summed over the batch: the gradient of a vector added to the head's input
-    parameters     the gradient of all parameters, summed over the batch, for an optimiser
+    parameters     the gradient with respect to all parameters, summed over the batch
 
-In the last three spaces the noise of unbiased targets averages out in large batches. The student is
-in eval mode and at temperature one. Angle and norm ratio are averaged over draws, and all metrics
-over batches of consecutive windows, with Student's t interval over batches.
+In the last three spaces the relative noise of unbiased targets decreases with the batch size. The
+student is in eval mode and at temperature one. Angle and norm ratio are averaged over draws, and
+all metrics over batches of consecutive windows, with Student's t interval over batches.
 
-Cost per window: one pass of the teacher and of the student's trunk; per target and draw, one pass
-of the sampler and the loss, one backward pass of the trunk, and the memory of the head's weight and
-of the gradient of all parameters.
+Cost per window: one pass of the teacher and of each student's trunk; per target and draw, at most
+one pass of the sampler, one pass of the loss and one backward pass of each trunk, and memory for
+gradients of the head's weight and of all parameters.
 """
 
 from __future__ import annotations
@@ -141,9 +141,10 @@ def measure_gradients(
 
     Raises:
         InvalidArgumentError: If trunk and head of a student cannot be run separately, a student
-            caps its logits, has fewer ids than the teacher or equals the teacher, a batch has no
-            label, a model is causal where the windows need a masked one, or the reverse, or
-            `targets`, `batch_tokens`, `draws` or `against` is invalid.
+            caps its logits, has fewer ids than the teacher, equals the teacher or cannot separate
+            the documents of a window, a batch has no label, a model is causal where the windows
+            need a masked one, or the reverse, or `targets`, `batch_tokens`, `draws` or `against` is
+            invalid.
     """
     length = windows.corpus.packing.window_length
     sizes = _window_counts(batch_tokens, length, len(windows))
@@ -194,9 +195,9 @@ def measure_gradients(
 
 
 class _Drawer:
-    """Draws of targets at some positions of a window.
+    """Object that draws targets at some positions of a window.
 
-    Targets of one sampler object and with equal `rounds` share draws.
+    Targets with the same sampler object and equal `rounds` share draws.
     """
 
     def __init__(

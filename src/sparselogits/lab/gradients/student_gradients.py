@@ -102,7 +102,7 @@ class StudentGradients:
 
     @cached_property
     def documents(self) -> Documents:
-        """Method by which the student runs packed windows, probed at the first access."""
+        """Method by which the student separates packed documents, probed at the first access."""
         return Documents.probe(self.model, self._run)
 
     def _run(self, **inputs: Any) -> Tensor:
