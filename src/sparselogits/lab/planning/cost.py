@@ -77,7 +77,7 @@ class StorageCost:
 
     @classmethod
     def paper(cls, entries: float = 12.0) -> StorageCost:
-        """Return the cost of RS-KD as published: 17-bit ids and 7-bit counts, without text."""
+        """Return the cost in RS-KD (arXiv 2503.16870): 17-bit ids, 7-bit counts, and no text."""
         return cls(entries, 24.0, 0.0)
 
     @property

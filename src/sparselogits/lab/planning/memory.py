@@ -87,6 +87,10 @@ def shape_of(parameters: float) -> Shape:
 
     The shape is that of the published model nearest in size. If the sizes differ by a factor of 1.5
     or more, widths and depth are scaled by the cube root of the ratio.
+
+    Examples:
+        >>> shape_of(8e9).name, shape_of(1e12).name
+        ('Llama-3.1-8B', 'Llama-3.1-405B, scaled')
     """
     near = min(SHAPES, key=lambda shape: abs(math.log(shape.parameters / parameters)))
     ratio = parameters / near.parameters
@@ -139,6 +143,11 @@ def pass_memory(
 
     Raises:
         InvalidArgumentError: If `dtype` is unknown.
+
+    Examples:
+        >>> found = pass_memory(8e9, shape_of(8e9), vocab=128_256, window=1024, batch=8)
+        >>> round(found.total / 1e9, 1), found.fits(80e9)
+        (17.0, True)
     """
     if dtype not in BYTES:
         raise InvalidArgumentError(f"unknown dtype {dtype!r}; give one of {', '.join(BYTES)}")

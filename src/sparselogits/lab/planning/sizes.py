@@ -21,7 +21,8 @@ def quantity(text: str, what: str) -> float:
         what: name of the quantity, for the error message.
 
     Raises:
-        InvalidArgumentError: If the text is not such a number.
+        InvalidArgumentError: If the text is not a number with an optional suffix, or the number is
+            not positive and finite.
 
     Examples:
         >>> quantity("1.5T", "tokens")
