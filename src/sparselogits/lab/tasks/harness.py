@@ -1,6 +1,6 @@
 """Call lm-eval, and suppress its progress bars, its output, and its log lines below errors.
 
-The module is imported only when tasks are checked or run, because importing lm-eval takes a second.
+The module is imported only when tasks are checked or run, because importing lm-eval is slow.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Suppress lm-eval's output; yield a function whose context manager restores stderr."""
+    """Suppress lm-eval's output; yield a function that returns a context which restores stderr."""
     logger = logging.getLogger("lm_eval")
     level, stderr = logger.level, sys.stderr
     logger.setLevel(logging.ERROR)

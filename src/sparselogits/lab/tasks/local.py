@@ -18,7 +18,7 @@ from sparselogits.lab.tasks.texts import continuations, last_words, passages
 LOCAL_TASKS = ("continuation", "last_word", "agreement")
 """Names of the tasks that need no download."""
 LIMIT = 200
-"""Default of the largest number of items per task."""
+"""Default largest number of items per task."""
 
 
 def write_tasks(
@@ -30,7 +30,7 @@ def write_tasks(
     count: int = LIMIT,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Write the data of local tasks; equal text, counts and seeds give equal bytes.
+    """Write the data of local tasks; equal arguments give equal bytes.
 
     Args:
         folder: folder in which `NAME.jsonl` is written for each task.
@@ -47,7 +47,7 @@ def write_tasks(
 
     Raises:
         TaskError: If a name is unknown, a task lacks corpus or tokenizer, the corpus has too little
-            suitable held-out text, or `count` is out of range for `agreement`.
+            suitable held-out text, or `count` is out of range.
         StorageError: If a file cannot be written.
     """
     found = {}

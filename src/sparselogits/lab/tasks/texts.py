@@ -21,7 +21,7 @@ from sparselogits.errors import TaskError
 from sparselogits.store.ranges import spread
 
 PASSAGE_WORDS = 32
-"""Number of words per passage, or fewer if the mean number of words per window is small."""
+"""Number of words per passage; three quarters of the mean number per window if that is less."""
 ENDINGS = 4
 """Number of endings per question, one of which is true."""
 _FEWEST_WORDS = 4  # the last quarter of a passage has at least one word
@@ -170,7 +170,8 @@ def _words(text: str) -> list[tuple[int, int]]:
 def _divide(window: int, text: str, length: int) -> Iterator[Passage]:
     """Yield consecutive passages of `length` words of a document's text.
 
-    Passages with incompletely decoded characters and remaining words are left out.
+    Passages with incompletely decoded characters are left out, and so are words after the last
+    passage.
     """
     words = _words(text)
     for first in range(0, len(words) - length + 1, length):
