@@ -143,6 +143,7 @@ def draw_png(
 
     Raises:
         MissingDependencyError: If altair or vl-convert is not installed.
+        StorageError: If the file cannot be written.
     """
     require_drawing()
     chart = drawing.chart.properties(width=width, height=height, title=drawing.title)
@@ -177,8 +178,8 @@ def budget_chart(
     """Create a chart of a metric against a budget on a logarithmic axis, with a line per series.
 
     Args:
-        points: mappings with `series`, `method`, `x`, `y`, `low`, `high` and optionally `label`, a
-            text that is written above the point.
+        points: mappings with `series`, `method`, `x`, `y`, `low` and `high` (None without an
+            interval), and optionally `label`, a text that is written above the point.
         looks: look of each series.
         x: title of the horizontal axis.
         y: title of the vertical axis.

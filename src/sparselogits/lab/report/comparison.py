@@ -316,7 +316,7 @@ def _runs(runs: Sequence[RunRow]) -> Table:
 
 
 def _tasks(rows: Sequence[MethodRow], results: Results) -> Table | None:
-    """Return the table of zero-shot tasks; None if no student has scores."""
+    """Return the table of zero-shot tasks; None if no method has scores."""
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return None

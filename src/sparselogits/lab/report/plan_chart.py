@@ -1,4 +1,4 @@
-"""Draw the chart of a plan: device hours with a cache and with the teacher online, by tokens."""
+"""Draw a chart of device hours with a cache and with the teacher online, against tokens."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def draw_plan(settings: Settings, path: Path) -> None:
 
     Raises:
         MissingDependencyError: If altair or vl-convert is not installed.
+        StorageError: If the file cannot be written.
     """
     require_drawing()
     plans = grid(settings)

@@ -46,7 +46,7 @@ class TokenTexts:
         return texts
 
     def alone(self, token: int) -> str:
-        """Return a token's text with its leading space; without text, its name, if any, and id."""
+        """Return a token's text with its leading space, or its name and id if it has no text."""
         if self._tokenizer is None:
             return f"#{token}"
         if token not in self._alone:

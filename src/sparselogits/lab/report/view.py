@@ -38,7 +38,7 @@ LIKELIEST = 10
 """Number of most likely ids per model, added to the cached ids before `LARGEST` applies."""
 
 LARGEST = 64
-"""Largest number of ids shown per position without the label; other ids are summed in one row."""
+"""Largest number of ids shown per position, besides the label; others are summed in one row."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class WindowView:
 
     Args:
         index: index of the window in the corpus.
-        tokens: ids of the tokens that the teacher read, without padding.
+        tokens: ids of the tokens that the teacher read; without padding if windows have one
+            document each.
         document_starts: positions at which documents start.
         positions: predictions at each position.
         texts: texts of the tokens.
@@ -130,7 +131,7 @@ class WindowViewer:
     """Cache with models, whose predictions are compared with the windows of the cache.
 
     Args:
-        dataset: the cache.
+        dataset: dataset of one cache.
         tokenizer: tokenizer of the cache; None to show ids instead of texts.
         teacher: teacher of the cache; None to show no probabilities of the teacher.
         student: language model of the kind and with the ids of the cache, set to eval mode; None to
