@@ -88,7 +88,7 @@ class Scale:
 
     Args:
         characters: least number of characters of text, about four per token.
-        heldout_windows: number of windows for evaluation.
+        heldout_windows: largest number of windows for evaluation.
         window: number of tokens per window.
         layers: number of transformer blocks in the student.
     """

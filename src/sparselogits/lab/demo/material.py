@@ -31,7 +31,10 @@ class DemoText:
 
 
 def demo_text(out: Path, characters: int) -> DemoText:
-    """Write pages of CPython's language reference with at least `characters` characters, or all."""
+    """Write pages of CPython's language reference, in a fixed order, as JSON lines.
+
+    Pages are written until they have at least `characters` characters, or none is left.
+    """
     from pydoc_data.topics import topics
 
     lines, written = [], 0

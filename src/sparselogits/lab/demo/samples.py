@@ -38,8 +38,7 @@ def prompts_of(corpus: PackedCorpus, tokenizer: Any) -> list[Prompt]:
     """Return the beginning of a held-out page, and questions in the chat template.
 
     If no page begins `PROMPT_TOKENS` tokens or more before the end of a held-out window, the first
-    tokens of the first window are used.
-    Without a chat template there are no questions.
+    tokens of the first window are used. Without a chat template there are no questions.
 
     Args:
         corpus: corpus with held-out windows.
@@ -88,5 +87,5 @@ def continuations(
 
 
 def _in_a_line(text: str) -> str:
-    """Replace white space with line breaks by ↵, and other white space by one space."""
+    """Replace each run of white space by ↵ if it has a line break, otherwise by one space."""
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()
