@@ -18,6 +18,7 @@ import pytest
 from sparselogits.errors import CacheCorruptionError, StorageError
 from sparselogits.store import Cache, verify
 from sparselogits.store.shard.reader import Shard
+from sparselogits.store.storage.local import LocalStorage
 from tests.faults.builds import build
 from tests.store.draws import KINDS, identity, records
 
@@ -153,6 +154,20 @@ def test_a_network_file_system_that_is_gone_is_no_damage(tmp_path, monkeypatch):
 
 def _bad_sector(*_: object) -> bytes:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_disk_that_fails_before_data_is_read(tmp_path, monkeypatch):
+    shard(tmp_path, "counts")
+    storage = LocalStorage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", _bad_sector)
+        with pytest.raises(StorageError, match=r"cannot read .*cache\.json: Input/output error"):
+            Cache.open(tmp_path)
+    for module, call in ((os, "scandir"), (Path, "stat")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, call, _bad_sector)
+            with pytest.raises(StorageError, match=r"cannot access .*: Input/output error"):
+                storage.names("shards") if call == "scandir" else storage.size("cache.json")
 
 
 @pytest.mark.parametrize("when", [0, 2**33])

@@ -31,6 +31,7 @@ from sparselogits.errors import (
     CacheError,
     InvalidArgumentError,
     InvalidTargetsError,
+    StorageError,
     reason_of,
 )
 from sparselogits.identity import Identity, canonical_json
@@ -391,6 +392,10 @@ def read_identity(storage: ReadableFiles) -> Identity:
         raise CacheError(
             f"there is no cache at {storage.location}: it has no {CACHE_JSON}. Check the path, or "
             "build a cache there with `sparselogits cache --out`"
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {where}: {error.strerror or error}; check the disk, then try again"
         ) from error
     try:
         content = parse_json(raw, largest=LARGEST_CACHE_JSON)

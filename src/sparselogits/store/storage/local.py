@@ -49,7 +49,7 @@ class LocalStorage:
         """Return the sorted names of the files and folders in a folder, without temporary ones."""
         try:
             path = self.root / folder
-            with _access_errors(path), os.scandir(path) as entries:
+            with _access_errors(path, of_data=False), os.scandir(path) as entries:
                 return sorted(e.name for e in entries if not e.name.startswith(TEMPORARY_PREFIX))
         except FileNotFoundError:
             return []
@@ -57,7 +57,7 @@ class LocalStorage:
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""
         path = self.root / name
-        with _access_errors(path):
+        with _access_errors(path, of_data=False):
             return path.stat().st_size
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -141,16 +141,22 @@ class LocalStorage:
 
 
 @contextlib.contextmanager
-def _access_errors(path: Path) -> Iterator[None]:
-    """Convert errors with a number in `_UNREACHABLE` within a block to `StorageError`."""
+def _access_errors(path: Path, *, of_data: bool = True) -> Iterator[None]:
+    """Convert errors within a block that do not mean missing or damaged data to `StorageError`.
+
+    An error with another number than those in `_UNREACHABLE`, such as EIO, may mean damage if the
+    block reads the data of a file (`of_data`).
+    """
     try:
         yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except OSError as error:
-        if error.errno not in _UNREACHABLE:
+        if of_data and error.errno not in _UNREACHABLE:
             raise
         raise StorageError(
             f"cannot access {path}: {error.strerror}. This does not mean that the data is damaged: "
-            "check permissions and the limit of open files, then try again"
+            "check permissions, the disk and the limit of open files, then try again"
         ) from error
 
 
