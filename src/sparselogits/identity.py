@@ -48,8 +48,11 @@ class Identity:
             quantization of the teacher; in some caches further fields, such as vLLM's options, the
             shares of a mixture, or what the targets were retokenized from.
         tokenizer: fingerprint of the tokenizer, see `tokenizer_fingerprint`.
-        vocab_size: number of the teacher's logits per position.
-        token_mask: sha256 of the bitmap that marks ids which are tokens; "all" if every id is one.
+        vocab_size: number of ids over which targets are defined: the teacher's logits per position;
+            the ids of the student's tokenizer in a retokenized cache; D + 1 for a draft vocabulary
+            of D ids.
+        token_mask: sha256 of the bitmap that marks ids which are tokens; "all" if every id is one,
+            and in a retokenized cache; "mixture" for a mixture of caches.
         window_length: number of positions per window.
         windows_per_shard: number of windows per shard file.
         packing: separator and beginning-of-text ids, attention reset, hold-out share, and kind and

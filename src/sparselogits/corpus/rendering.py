@@ -276,7 +276,12 @@ class _Turns:
         return None
 
     def _end_from_example(self, number: int) -> int:
-        """Return the end of a turn, located by the text after the answer in an example."""
+        """Return the end of a message's turn, as an index of characters in the rendered text.
+
+        The template renders a short example conversation; the text after its answer has to follow
+        the content of the message too. Raises RenderError if it does not, or if the message has
+        tool calls.
+        """
         render, message = self._render, self._messages[number]
         answer = {"role": message["role"], "content": "A"}
         example = render.attempt([_QUESTION, answer])

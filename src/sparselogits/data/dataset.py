@@ -43,10 +43,10 @@ class TextWindow(TypedDict):
     Attributes:
         input_ids: int64 [L]; for a masked language model, the corrupted tokens.
         shift_labels: int64 [L], the token that each position predicts, or with a draft vocabulary
-            the class of that token; -100 if there is none. A causal model predicts the next token,
-            except at the last position, where the loss mask is false, and at the end of a document
-            if attention is reset there; a masked language model predicts the original token at each
-            chosen position.
+            the class of that token; -100 if there is none. A causal model predicts the next token.
+            It predicts none at the last position of the window, at positions that the loss mask
+            excludes, and, if attention is reset at document starts, at the last position of each
+            document. A masked language model predicts the original token at each chosen position.
         attention_mask: int64 [L], 0 at padding; present if each window has one document.
         position_ids: int64 [L]; present if attention is reset at document starts.
         labels: int64 [L], the same labels at the positions of the predicted tokens, as in

@@ -50,13 +50,15 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
 
 def as_windows(dataset: Any) -> Any:
-    """Wrap a `datasets.Dataset` in `TokenisedRows`; return any other dataset unchanged.
+    """Wrap a dataset of the `datasets` library in `TokenisedRows`; return other datasets unchanged.
 
     Args:
-        dataset: a dataset, or a mapping from names to datasets, each of which is converted.
+        dataset: a dataset, or a mapping from names to datasets, which is returned as a dict of
+            converted datasets. An object with `column_names` counts as one of that library.
 
     Raises:
-        InvalidArgumentError: `TokenisedRows` does not accept the dataset.
+        InvalidArgumentError: such a dataset has no column `input_ids`, or no random access (a
+            `datasets.IterableDataset`).
     """
     if isinstance(dataset, Mapping):
         return {name: as_windows(part) for name, part in dataset.items()}

@@ -28,9 +28,12 @@ _XZ_MEMORY = 1 << 31
 
 
 class _Decompressor:
-    """Decompressor of zlib or zstandard with the interface of `bz2.BZ2Decompressor`.
+    """Adapter that gives decompressors of zlib and zstandard the interface of `BZ2Decompressor`.
 
-    zstandard, which is not `limited`, decompresses all of the input at each call.
+    Args:
+        inner: decompressor object of zlib or zstandard.
+        limited: whether `inner` can limit its output. If not (zstandard), `decompress` returns the
+            output of all its input, whatever `most` is, so inputs have to be small.
     """
 
     def __init__(self, inner: Any, *, limited: bool) -> None:

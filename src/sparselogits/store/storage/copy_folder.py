@@ -67,7 +67,8 @@ class CopyFolder:
             limit = int(float(size) * (1 << 30))
         except (ValueError, OverflowError) as error:
             raise InvalidArgumentError(
-                f"SPARSELOGITS_COPY_GB={size!r} is not a number; give a size in GiB, such as 10"
+                f"SPARSELOGITS_COPY_GB={size!r} is not a finite number; give a size in GiB, "
+                "such as 10"
             ) from error
         return cls(Path(folder) if folder else user_cache() / "copy", limit)
 
