@@ -47,7 +47,11 @@ class IdentityMismatchError(SparseLogitsError):
 
 
 class CacheError(SparseLogitsError):
-    """Raised if a cache is missing, incomplete, damaged or of an unknown version."""
+    """Raised if a cache, or results of a comparison, cannot be read, built or changed.
+
+    Causes are missing, incomplete or damaged files, an unknown version, overlapping shards, an
+    output folder with other files, and a process that failed or that changes the same cache.
+    """
 
 
 class CacheCorruptionError(CacheError):

@@ -175,7 +175,7 @@ def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkp
     if str(config.get("peft_type")).upper() == "XLORA":
         raise TeacherError(
             f"the adapter at {found.name!r} is a mixture of adapters in other folders (X-LoRA), "
-            "whose weights cannot be fingerprinted; merge it into its base with PEFT"
+            "whose weights cannot be fingerprinted; give one of these adapters, or another model"
         )
     revision = config.get("revision")
     below = find_checkpoint(
@@ -339,7 +339,8 @@ def _weight_file(folder: Path, file: str, name: str, allow: Collection[str]) -> 
     pure = PurePosixPath(file)
     if pure.is_absolute() or ".." in pure.parts:
         raise TeacherError(
-            f"{name!r} names weights outside of its folder: {file[:80]!r}; move them into it"
+            f"{name!r} names weights outside of its folder: {file[:80]!r}; move them into it, and "
+            f"correct transformers_weights in {CONFIG}"
         )
     if not path.is_file():
         found = "not a regular file" if path.exists() else "missing"

@@ -19,13 +19,17 @@ IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
 def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> None:
     """Validate the engine of a causal model by running it on a few windows.
 
-    The engine must satisfy these conditions: names and shapes are those of `Engine`; slices contain
-    every position once and in order; logits are -inf at ids that are not tokens, and finite at all
-    others; slices may be overwritten; equal tokens give equal logits; logits do not depend on other
-    windows of a batch, and before the last position not on the last token. If L >= 4, the second of
-    two documents is checked too: with document starts, this document's logits equal those of the
-    document alone, and do not depend on the first document. An engine that raises a
-    SparseLogitsError for document starts passes.
+    The engine must satisfy these conditions:
+
+    - `token_mask` is bool [V]; `identity` has the keys of `IDENTITY` and contains JSON values.
+    - Slices contain every position once and in order. Their logits are float32 [positions, V], -inf
+      at ids that are not tokens and finite at all others, and may be overwritten.
+    - Equal tokens give equal logits. Logits do not depend on the other windows of a batch, and
+      changing the last token of a window changes those of the last position only.
+
+    If L >= 4, the second of two documents is checked too: with document starts, this document's
+    logits equal those of the document alone, and do not depend on the first document. An engine
+    that raises a SparseLogitsError for document starts passes.
 
     Args:
         engine: engine to validate.
@@ -36,6 +40,7 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
     Raises:
         TeacherError: a condition is violated, which the message names, or `tokens` has another
             shape.
+        AttributeError: the engine lacks a member of `Engine`.
 
     Example:
         >>> import torch

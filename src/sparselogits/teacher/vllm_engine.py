@@ -172,8 +172,10 @@ def load_vllm_teacher(
         InvalidArgumentError: an option is one that this function sets, could make vLLM run another
             model, or is not a JSON value; `device` is a GPU, but not the first visible one; or the
             model fails on windows of `window_length` tokens.
-        TeacherError: the model cannot be read, is not a causal model that vLLM supports, or its
-            states in vLLM differ from those in transformers.
+        TeacherError: the model cannot be read, does not match the tokenizer, or changes on disk
+            while it is read; `dtype` is unknown; the model is not a causal model that vLLM
+            supports; its head cannot be run on hidden states, which are all that vLLM returns; or
+            its states in vLLM differ from those in transformers.
 
     Example:
         >>> tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP

@@ -463,7 +463,10 @@ def _require_totals(description: Mapping[str, Any], windows: int, identity: Iden
     ):
         value = description.get(name)
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise DamageError(f"{name} is {shown(value)}, expected {least:g} to {most:g}")
+            kind = "a whole" if kinds is int else "a"
+            raise DamageError(
+                f"{name} is {shown(value)}, expected {kind} number from {least:,} to {most:,}"
+            )
     for name in ("tables", "provenance"):
         if not isinstance(description.get(name), dict):
             raise DamageError(f"{name} is {shown(description.get(name))}, expected an object")
