@@ -92,8 +92,9 @@ def readme() -> Iterator[str]:
     shares = [BY_FILE[name].seeds().gap("RS-KD 12").mean for name in small]
     yield f"RS-KD closes {span(shares, '.0f')} % of the gap to full distillation in four settings"
     yield f"systematic rounds are ahead of RS-KD in loss in {ahead()}"
-    steps = [own.steps for own in stored("healing_on_policy").arms if own.get("steps")]
-    yield f"One seed, {span(steps, 'd')} steps"
+    arms = [own for own in stored("healing_on_policy").arms if own.get("steps")]
+    seeds = NUMERALS[len({own.seed for own in arms})]
+    yield f"Means over {seeds} seeds, {span([own.steps for own in arms], 'd')} steps"
 
 
 NUMERALS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -416,6 +417,8 @@ def theory() -> Iterator[str]:
     one, two = (angle[name, "logits"] for name in ("Top-12", "RS-KD"))
     yield f"Top-12 is {one} from full distillation and RS-KD {two}"
     yield f"the angles are {angle['Top-12', 'parameters']} and {angle['RS-KD', 'parameters']}"
+    yield from noise_of_samplers()
+    yield from adaptive_rounds()
     yield from adaptive_in_training()
     for name in ("english-web", "shakespeare"):
         rows = {(own.sampler, own.budget): own for own in stored(f"samplers_spatial_{name}").rows}
@@ -428,6 +431,66 @@ def theory() -> Iterator[str]:
                 f"{rows[draw, n].error_x_entries / rows['systematic', n].error_x_entries:.2f}"
                 for n in (5, 11, 24)
             )
+
+
+def noise(name: str) -> dict[tuple[str, float], Any]:
+    """Return rows that `samplers_at_equal_bytes.py` measured, by sampler and budget."""
+    return {(own.sampler, own.budget): own for own in stored(f"samplers_{name}").rows}
+
+
+def noise_of_samplers() -> Iterator[str]:
+    texts = {
+        "SmolLM2-135M, Genesis in the World English Bible": "english-web",
+        "SmolLM2-135M, Shakespeare": "shakespeare",
+        "a small teacher, Genesis": "small-teacher",
+    }
+    found = {name: noise(f"at_equal_bytes_{name}") for name in texts.values()}
+    for title, name in texts.items():
+        cells = []
+        for budget in (2, 5, 11, 22, 50):
+            own = budget if ("systematic", budget) in found[name] else 24
+            one, other = (found[name][key, own] for key in ("systematic", "multinomial"))
+            cell = f"{one.error_x_entries / other.error_x_entries:.2f}"
+            cells.append(cell if own == budget else f"{cell} ({own})")
+        nats = stored(f"samplers_at_equal_bytes_{name}").conditions.teacher_entropy_nats
+        yield row(f"{title} ({nats:.2f} nats)", *cells)
+    for text, name in (("Genesis", "english-web"), ("Shakespeare", "shakespeare")):
+        at = stored(f"samplers_at_equal_bytes_{name}").error_at_bits
+        for title, key in (
+            ("systematic", "systematic"),
+            ("threshold", "threshold"),
+            ("independent", "multinomial"),
+        ):
+            own = found[name][key, 11]
+            cells = (
+                f"{own.entries:.1f}",
+                brief(own.error),
+                f"{own.bits:.0f}",
+                brief(at[key]["100"]),
+            )
+            yield row(f"{title}, {text}", *cells)
+
+
+def brief(value: float) -> str:
+    """Return a number with two digits and a short exponent, for example "4.4e-3"."""
+    return f"{value:.1e}".replace("e-0", "e-")
+
+
+def adaptive_rounds() -> Iterator[str]:
+    rows = noise("adaptive_english-web")
+    for title, key in (
+        ("systematic", "systematic"),
+        (
+            "rounds by the variance of a round, to the power \N{VULGAR FRACTION ONE HALF}",
+            "adaptive, variance^0.5, norm^0.0",
+        ),
+        (
+            "proposal p \N{DOUBLE VERTICAL LINE}U\N{DOUBLE VERTICAL LINE}",
+            "adaptive, variance^0.0, norm^1.0",
+        ),
+    ):
+        own = [rows[key, budget] for budget in (5, 11, 22)]
+        yield row(title, *(f"{each.error_x_entries:.3f}, {each.bits:.0f} bits" for each in own))
 
 
 def adaptive_in_training() -> Iterator[str]:

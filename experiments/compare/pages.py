@@ -312,6 +312,11 @@ class Findings:
         found = [row[metric] for row in self.on_policy["arms"] if row["arm"] == name]
         return f"{sum(found) / len(found):,.{digits}f}"
 
+    def steps_of_arms(self) -> str:
+        """Return the smallest and largest number of steps of the arms of on_policy.py."""
+        steps = [row["steps"] for row in self.on_policy["arms"] if row.get("steps")]
+        return f"{min(steps)} to {max(steps)}"
+
     def arms(self, name: str, other: str, metric: str, digits: int = 3) -> str:
         """Write the difference of two arms of on_policy.py, with its interval."""
         both = ([row for row in self.on_policy["arms"] if row["arm"] == n] for n in (name, other))

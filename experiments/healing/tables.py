@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,12 @@ PAIRS = (
 )
 
 
+def mean_over_seeds(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the mean of a measurement over the rows of an arm, or None if the arm has none."""
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values) if values else None
+
+
 def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
     """Return the table of the arms of on_policy.py, means over seeds, and its endpoints."""
     arms: dict[str, list[dict[str, Any]]] = {}
@@ -166,8 +173,7 @@ def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
         arms.setdefault(row["arm"], []).append(row)
 
     def mean(rows: Sequence[Mapping[str, Any]], name: str, digits: int, scale: float = 1) -> str:
-        values = [row[name] for row in rows if name in row]
-        return number(sum(values) / len(values) if values else None, digits, scale)
+        return number(mean_over_seeds(rows, name), digits, scale)
 
     head = (
         *("arm", "seeds", "seconds in all", "steps", "loss", "KL", "acceptance %", "ECE %"),
@@ -215,25 +221,24 @@ NAMES_OF_ARMS = {
 
 
 def methods_table(stored: Mapping[str, Any]) -> list[str]:
-    """Return the table of methods trained for equal time, from the arms of on_policy.py."""
+    """Return the table of methods trained for equal time, with means over seeds."""
     head = (
         *("method", "teacher", "seconds", "tokens", "KL", "accepted %"),
         "reverse KL on its own text",
     )
-    first = min(row["seed"] for row in stored["arms"])
-    arms = {row["arm"]: row for row in stored["arms"] if row["seed"] == first}
-    rows = [
-        [
-            *words,
-            number(arms[name]["total_seconds"], 0),
-            f"{arms[name]['tokens']:,}",
-            number(arms[name]["kl"], 3),
-            number(arms[name]["acceptance"], 1, 100),
-            number(arms[name]["reverse_kl"], 3),
-        ]
-        for name, words in NAMES_OF_ARMS.items()
-        if name in arms
-    ]
+    rows = []
+    for name, words in NAMES_OF_ARMS.items():
+        mean = partial(mean_over_seeds, [row for row in stored["arms"] if row["arm"] == name])
+        rows.append(
+            [
+                *words,
+                number(mean("total_seconds"), 0),
+                f"{mean('tokens'):,.0f}",
+                number(mean("kl"), 3),
+                number(mean("acceptance"), 1, 100),
+                number(mean("reverse_kl"), 3),
+            ]
+        )
     masked = RESULTS / "masked.json"
     own, note = _masked_rows(json.loads(masked.read_text()) if masked.exists() else None)
     return [*rows_of(head, [*rows, *own]), "", note]
