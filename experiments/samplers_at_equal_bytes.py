@@ -2,9 +2,11 @@
 
     python experiments/samplers_at_equal_bytes.py --teacher MODEL --text FILE --out RESULT.json
 
-For each sampler and budget, it measures the mean entries per position, the error of the target in
-hidden space (squared norm of (t - p) @ U, with unembedding rows scaled to mean norm one, which is
-the error that the student's trunk receives), and the bits per position in the library's codec.
+For each sampler and budget, it measures the mean entries per position, the error of the stored
+target in hidden space (squared norm of (t - p) @ U, with unembedding rows scaled to mean norm one,
+which is the error that the student's trunk receives), and the bits per position in the library's
+codec. Weights that are not counts are measured twice: rounded, as caches store them by default, and
+exact, in rows whose sampler ends in ", float32 weights".
 Besides the library's samplers, it measures candidates for the default: systematic rounds in other
 orders of the vocabulary, and a separate threshold per position with the same expected number of
 entries at each position.
@@ -47,6 +49,8 @@ from spatial_draws import LocalPivotal, by_local_direction, by_local_tree
 Draw = Callable[[Tensor, Tensor], SparseTargets]
 Order = Callable[[Tensor, Tensor], Tensor]
 BUDGETS = (2, 3, 5, 8, 11, 16, 24, 35, 50)
+EXACT = ", float32 weights"
+"""End of the name of a sampler whose weights are stored without rounding."""
 
 
 def in_order(sampler: Sampler, order: Order, unembedding: Tensor) -> Draw:
@@ -133,6 +137,7 @@ def candidates(
         yield name, f"N={systematic.rounds}", in_order(systematic, order, unembedding), systematic
     tau = float(threshold.parameters()["tau"])
     yield "threshold", f"tau={tau:.4f}", threshold, threshold
+    # the codec of Top-K stores such weights, although it rounds them to the nearest level
     yield "threshold, equal entries", f"m={budget}", equal_entries_threshold(budget), TopK(1)
     yield "top-k (biased)", f"k={budget}", TopK(int(budget)), TopK(int(budget))
 
@@ -184,9 +189,12 @@ def main() -> None:
         for name, parameter, draw, stored_as in tried:
             if not name.startswith(tuple(arguments.only)):
                 continue
-            row = measure(draw, stored_as, tokens, logits, exact, scaled, arguments.seed)
-            rows.append({"sampler": name, "budget": budget, "parameter": parameter, **row})
-            print(json.dumps(rows[-1]), flush=True)
+            for stored, row in measure(
+                draw, stored_as, tokens, logits, exact, scaled, arguments.seed
+            ).items():
+                own = {"sampler": name + stored, "budget": budget, "parameter": parameter}
+                rows.append(own | row)
+                print(json.dumps(rows[-1]), flush=True)
     entropy = torch.cat([torch.special.entr(w.softmax(-1)).sum(-1) for w in logits]).mean()
     result = {
         "conditions": {
@@ -230,41 +238,53 @@ def measure(
     exact: list[Tensor],
     unembedding: Tensor,
     seed: int,
-) -> dict[str, float]:
-    """Draw the targets of all windows, and return entries, error and bits per position."""
-    drawn, error, positions = [], 0.0, tokens.numel()
+) -> dict[str, dict[str, float]]:
+    """Draw the targets of all windows, and return their entries, error and bits per position.
+
+    The measurements of the targets as caches store them by default have the key "", those of real
+    weights stored as float32 `EXACT`.
+    """
+    drawn = []
     for index, window in enumerate(logits):
         uniforms = window_uniforms(seed, index, len(window), stored_as.uniforms_per_position or 1)
         if isinstance(draw, TopK):
             uniforms = uniforms[:, :0]
         if isinstance(draw, Adaptive):
             draw = draw.at(tokens[index], slice(0, len(window)))
-        targets = draw(window, uniforms)
-        received = torch.zeros_like(exact[index])
-        received.index_add_(
-            0, targets.positions, targets.weights[:, None] * unembedding[targets.ids]
-        )
-        error += float((received - exact[index]).square().sum())
-        drawn.append(targets)
+        drawn.append(draw(window, uniforms))
+    found, positions = {}, tokens.numel()
     entries = sum(targets.entries for targets in drawn) / positions
-    bits = 8 * coded_bytes(drawn, stored_as, tokens) / positions
-    return {
-        "entries": entries,
-        "error": error / positions,
-        "error_x_entries": error / positions * entries,
-        "bits": bits,
-        "bits_an_entry": bits / entries,
-        "error_x_bits": error / positions * bits,
-    }
+    for key in ("", EXACT):
+        codec = codec_for(stored_as, exact_weights=bool(key))
+        if key and codec == codec_for(stored_as):
+            continue  # counts are always exact
+        coder = TargetCodec.from_identity(codec, drawn[0].vocab_size)
+        stored = [coder.rounded(targets, seed, index) for index, targets in enumerate(drawn)]
+        error = 0.0
+        for targets, state in zip(stored, exact, strict=True):
+            received = torch.zeros_like(state)
+            received.index_add_(
+                0, targets.positions, targets.weights[:, None] * unembedding[targets.ids]
+            )
+            error += float((received - state).square().sum())
+        bits = 8 * coded_bytes(stored, coder, tokens) / positions
+        found[key] = {
+            "entries": entries,
+            "error": error / positions,
+            "error_x_entries": error / positions * entries,
+            "bits": bits,
+            "bits_an_entry": bits / entries,
+            "error_x_bits": error / positions * bits,
+        }
+    return found
 
 
-def coded_bytes(drawn: list[SparseTargets], stored_as: Sampler, tokens: Tensor) -> int:
+def coded_bytes(stored: list[SparseTargets], codec: TargetCodec, tokens: Tensor) -> int:
     """Return the bytes of the coded targets, without coding tables."""
-    codec = TargetCodec.from_identity(codec_for(stored_as, exact_weights=True), drawn[0].vocab_size)
     present = np.ones(tokens.shape[1], np.bool_)
     windows = [
         TargetWindow(targets, window.numpy().astype(np.int32), present)
-        for targets, window in zip(drawn, tokens, strict=True)
+        for targets, window in zip(stored, tokens, strict=True)
     ]
     # a shard shares its tables among hundreds of windows, so they are not counted
     _, blocks = codec.encode(windows)
