@@ -104,19 +104,21 @@ def drawing_of_settings(settings: Mapping[str, Results]) -> Drawing:
     title = "of full KD's recovery in KL, %"
     colours = alt.Scale(domain=list(looks), range=[look.css for look in looks.values()])
     shapes = alt.Scale(domain=list(looks), range=[SHAPES[look.shape] for look in looks.values()])
+    legend = alt.Legend(orient="top")  # beside the chart it would leave little width on a phone
     offset = alt.YOffset("method:N", sort=list(COMPARED))
     axis = alt.Axis(labelLimit=300, domain=False, ticks=False, labelPadding=10)
     base = alt.Chart(alt.InlineData(values=points)).encode(
         y=alt.Y("setting:N", sort=None, title=None, axis=axis, scale=alt.Scale(padding=0.35)),
         yOffset=offset,
-        color=alt.Color("method:N", scale=colours),
+        color=alt.Color("method:N", scale=colours, legend=legend),
     )
     scale = alt.Scale(domain=[-10, 115], nice=False)
     ends_of = base.mark_rule(strokeWidth=1.6, opacity=0.6, clip=True).encode(
         x=alt.X("low:Q", title=title, scale=scale), x2="high:Q"
     )
     marks = base.mark_point(filled=True, size=60, opacity=1).encode(
-        x=alt.X("x:Q", title=title, scale=scale), shape=alt.Shape("method:N", scale=shapes)
+        x=alt.X("x:Q", title=title, scale=scale),
+        shape=alt.Shape("method:N", scale=shapes, legend=legend),
     )
     full = alt.Chart(alt.InlineData(values=[{"x": 100}])).mark_rule(
         strokeDash=[5, 4], color="var(--soft)"
@@ -136,10 +138,12 @@ def main() -> None:
     if len(found) == 1:
         (only,) = found.values()
         drawn = drawing(only, given.axis)
-    size = {"width": 620, "height": 60 * len(found) if len(found) > 1 else 290}
-    draw_png(drawn, given.out, **size, scale=1.25)
+    size = {"width": 440, "height": 56 * len(found), "scale": 2}
+    if len(found) == 1:
+        size = {"width": 620, "scale": 1.25}
+    draw_png(drawn, given.out, **size)
     dark = given.out.with_name(f"{given.out.stem}_dark{given.out.suffix}")
-    draw_png(drawn, dark, **size, scale=1.25, dark=True)
+    draw_png(drawn, dark, **size, dark=True)
 
 
 if __name__ == "__main__":
