@@ -262,10 +262,11 @@ def _gradient_(
 ) -> None:
     """Replace the softmax in u, [R, V], by row_weight * (kd_share dkd/du + ce_share dce/du)."""
     weight = targets.row_weight[:, None]
+    kd_weight = kd_share * weight
 
     def of_kd(target: Tensor) -> Tensor:
         """Return the share of kd times a part of the target, which may be NaN if the share is 0."""
-        return kd_share * weight * target if kd_share else torch.zeros_like(target)
+        return kd_weight * target if kd_share else torch.zeros_like(target)
 
     whole = of_kd(_target_mass(softmax, targets)) + ce_share * weight
     if softmax.ghost is None:
