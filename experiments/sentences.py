@@ -92,9 +92,8 @@ def readme() -> Iterator[str]:
     shares = [BY_FILE[name].seeds().gap("RS-KD 12").mean for name in small]
     yield f"RS-KD closes {span(shares, '.0f')} % of the gap to full distillation in four settings"
     yield f"systematic rounds are ahead of RS-KD in loss in {ahead()}"
-    arms = [own for own in stored("healing_on_policy").arms if own.get("steps")]
-    seeds = NUMERALS[len({own.seed for own in arms})]
-    yield f"Means over {seeds} seeds, {span([own.steps for own in arms], 'd')} steps"
+    seeds = NUMERALS[len({own.seed for own in stored("healing_on_policy").arms})]
+    yield f"Means over {seeds} seeds, {Findings().steps_of_arms()} steps"
 
 
 NUMERALS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

@@ -30,7 +30,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 from experiments.compare.tables import Seeds, said, tables_of  # noqa: E402
 from experiments.healing.tables import filled as in_places  # noqa: E402
-from experiments.healing.tables import over_seeds_or_windows  # noqa: E402
+from experiments.healing.tables import mean_over_seeds, over_seeds_or_windows  # noqa: E402
 from experiments.planned import less  # noqa: E402
 
 from sparselogits.evaluate import Estimate  # noqa: E402
@@ -309,8 +309,8 @@ class Findings:
 
     def arm(self, name: str, metric: str, digits: int = 3) -> str:
         """Write a metric of an arm of on_policy.py, mean over its seeds."""
-        found = [row[metric] for row in self.on_policy["arms"] if row["arm"] == name]
-        return f"{sum(found) / len(found):,.{digits}f}"
+        rows = [row for row in self.on_policy["arms"] if row["arm"] == name]
+        return f"{mean_over_seeds(rows, metric):,.{digits}f}"
 
     def steps_of_arms(self) -> str:
         """Return the smallest and largest number of steps of the arms of on_policy.py."""
@@ -416,28 +416,20 @@ def recovery(seeds: Seeds, method: str) -> str:
 
 
 def healing() -> list[str]:
-    """Return the table of healed students: recovery, and the difference to the ghost token.
-
-    An unfinished setting has fewer seeds, or dashes.
-    """
+    """Return the table of healed students: recovery, and the difference to the ghost token."""
     methods = ("systematic 12", "RS-KD 12", "Top-12", "Top-12 ghost")
     head = ["student", "seeds", "KL before", "full KD's KL", *methods, "KL, systematic 12 - ghost"]
     lines = []
     for name, words in HEALING.items():
-        file = RESULTS / f"healing_{name}.json"
-        if not file.exists():
-            continue
         seeds = healed(name)
         start, full = (seeds.mean(method, "kl") for method in ("before training", "full KD"))
-        count = min(
-            len(seeds.rows[method].seeds_done) for method in methods if method in seeds.rows
-        )
+        count = min(len(seeds.rows[method].seeds_done) for method in methods)
         cells = [words, str(count), *(said(own).split(" ")[0] for own in (start, full))]
         for method in methods:
             cells.append(recovery(seeds, method))
         cells.append(said(seeds.less("systematic 12", "Top-12 ghost", "kl"), sign="+"))
         lines.append(f"| {' | '.join(cells)} |")
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines] if lines else []
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]
 
 
 def stored(name: str) -> Any:
