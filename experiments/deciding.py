@@ -53,7 +53,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.planned import (
@@ -143,6 +143,7 @@ class Material:
         # the corpus is a sequence of files; shuffling spreads both parts over all files
         mixed = torch.randperm(len(self.text), generator=torch.Generator().manual_seed(0)).tolist()
         self.first, self.second = mixed[:first], mixed[first : first + second]
+        self._states: dict[int, Tensor] = {}
 
     def batch(self, windows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids [B, L], labels [P] of positions that have one, and their mask [B, L]."""
@@ -151,10 +152,18 @@ class Material:
         return torch.stack([own["input_ids"] for own in items]), labels[labels >= 0], labels >= 0
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, kept: Tensor) -> Tensor:
-        """Return the teacher's logits at the P positions with a label, float32 [P, V]."""
-        found: Tensor = self.teacher(ids).logits
-        return found[kept].float()
+    def logits(self, windows: Sequence[int], ids: Tensor, kept: Tensor) -> Tensor:
+        """Return the teacher's logits at the P positions with a label, float32 [P, V].
+
+        Every seed reads the same windows in another order, so the teacher's last hidden states,
+        [L, D] per window, are computed once.
+        """
+        if not all(index in self._states for index in windows):
+            states: Tensor = self.teacher.get_decoder()(ids).last_hidden_state
+            self._states.update(zip(windows, states.unbind(), strict=True))
+        hidden = torch.stack([self._states[index] for index in windows])[kept]
+        found: Tensor = self.teacher.get_output_embeddings()(hidden)
+        return found.float()
 
 
 def loss_of(
@@ -171,7 +180,7 @@ def loss_of(
 
 def train(
     material: Material,
-    students: Mapping[str, nn.Module],
+    students: Mapping[str, PreTrainedModel],
     order: Sequence[int],
     size: Size,
     draws: Callable[[int], int],
@@ -201,7 +210,7 @@ def train(
     for step in range(first, steps):
         windows = order[step * size.windows : (step + 1) * size.windows]
         ids, labels, kept_positions = material.batch(windows)
-        teacher = material.logits(ids, kept_positions)
+        teacher = material.logits(windows, ids, kept_positions)
         for arm in arms:
             uniforms = None
             if arm.sampler is not None:
@@ -212,7 +221,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             with autocast():
-                own = model(ids).logits[kept_positions]
+                # the head is applied to positions with a label only
+                states = model.get_decoder()(ids).last_hidden_state[kept_positions]
+                own = model.get_output_embeddings()(states)
             loss_of(arm, own.float(), teacher, labels, uniforms).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -263,7 +274,7 @@ def ancestor(material: Material, size: Size, work: Path) -> Path:
 
 def run_seed(material: Material, start: Path, seed: int, size: Size, work: Path) -> None:
     """Train and measure all arms of one seed, and write the results."""
-    students: dict[str, nn.Module] = {
+    students: dict[str, PreTrainedModel] = {
         arm.title: load_language_model(str(start), dtype="float32").train() for arm in ARMS
     }
     order = torch.randperm(len(material.second), generator=torch.Generator().manual_seed(seed))
