@@ -3,13 +3,15 @@
     python experiments/small_teacher.py --text FILES --out TEACHER --width 256 --layers 5 \\
         --heads 4 --precision bfloat16 --epochs 3 --batch 4 --learning-rate 2e-3 --threads 1
     python experiments/deciding.py run --teacher TEACHER --work FOLDER
+    python experiments/deciding.py bytes --teacher TEACHER --work FOLDER
     python experiments/deciding.py collect --work FOLDER
 
 FILES are Shakespeare's plays, inaugural addresses and State of the Union addresses (1.0 M tokens).
 `run` trains the common ancestor, then one seed after another. If interrupted, it resumes from a
 state at most 64 steps old; several processes may share one FOLDER, each takes seeds that no other
-is running. `collect` writes experiments/results/deciding.json with the verdict, and the per-window
-sums as deciding_windows.npz.
+is running. `bytes` measures what a cache of each arm takes. `collect` writes
+experiments/results/deciding.json with the verdict, and the per-window sums as
+deciding_windows.npz.
 
 **Plan, written before the first run.**
 
@@ -59,6 +61,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.planned import (
     PRECISION,
     autocast,
+    bytes_per_token,
     collect,
     each_seed,
     less,
@@ -302,6 +305,23 @@ def run_seed(material: Material, start: Path, seed: int, size: Size, work: Path)
     print(f"seed {seed}:", {t: round(own.kl or 0, 4) for t, own in found.items()}, flush=True)
 
 
+@torch.no_grad()
+def measure_bytes(teacher: Path, work: Path, size: Size) -> None:
+    """Write the bytes per token of each arm's targets, coded for held-out windows.
+
+    Real weights are rounded, as caches store them by default; the arms train on exact weights.
+    """
+    material = Material(teacher, size)
+    tokens = [item["input_ids"] for item in material.heldout]
+    logits = [material.teacher(own[None]).logits[0].float() for own in tokens]
+    found = {
+        arm.title: bytes_per_token(arm.sampler, logits, tokens)
+        for arm in ARMS
+        if arm.sampler is not None
+    }
+    write_whole(work / "bytes.json", json.dumps(found) + "\n")
+
+
 def run(teacher: Path, work: Path, size: Size) -> None:
     """Train the ancestor, then all seeds that no other process runs."""
     work.mkdir(parents=True, exist_ok=True)
@@ -369,7 +389,7 @@ def _verdict(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("run", "collect"))
+    parser.add_argument("what", choices=("run", "bytes", "collect"))
     parser.add_argument("--teacher", type=Path, help="folder that small_teacher.py wrote")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=RESULTS / "deciding.json")
@@ -381,15 +401,17 @@ def main() -> None:
         if size != Size() and given.out == RESULTS / "deciding.json":
             raise SystemExit("other sizes than the plan's are a rehearsal; give --out another file")
         titles = [arm.title for arm in ARMS]
+        file = given.work / "bytes.json"
+        stored = {"bytes_per_token": json.loads(file.read_text())} if file.exists() else {}
         found = collect(
-            given.work, given.out, size, Size(), titles, lambda means: judge(means["kl"])
+            given.work, given.out, size, Size(), titles, lambda means: judge(means["kl"]) | stored
         )
         print(json.dumps(found, indent=1))
         return
     if given.teacher is None:
-        raise SystemExit("`run` needs --teacher, the folder that small_teacher.py wrote")
+        raise SystemExit(f"`{given.what}` needs --teacher, the folder that small_teacher.py wrote")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    run(given.teacher, given.work, size)
+    (run if given.what == "run" else measure_bytes)(given.teacher, given.work, size)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparselogits.evaluate import t_interval
 from sparselogits.evaluate.intervals import two_sided_p
 from sparselogits.files import write_whole
 from sparselogits.lab.demo.material import demo_dtype
 from sparselogits.locks import Held, lock_file
+from sparselogits.samplers import Sampler
+from sparselogits.samplers.uniforms import window_uniforms
+from sparselogits.store.codec import TargetCodec, TargetWindow, codec_for
 
 Means = Mapping[str, Mapping[str, Sequence[float]]]
 """Mean `loss` and `kl` per arm, with one value per seed."""
@@ -46,6 +49,19 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate)
+
+
+def bytes_per_token(sampler: Sampler, logits: Sequence[Tensor], tokens: Sequence[Tensor]) -> float:
+    """Measure the bytes per token of a sampler's coded targets, without a shard's coding tables."""
+    codec = TargetCodec.from_identity(codec_for(sampler), logits[0].shape[1])
+    windows = []
+    for index, (own, ids) in enumerate(zip(logits, tokens, strict=True)):
+        uniforms = window_uniforms(0, index, len(ids), sampler.uniforms_per_position)
+        present = np.ones(len(ids), np.bool_)
+        targets = codec.rounded(sampler(own, uniforms), 0, index)
+        windows.append(TargetWindow(targets, ids.numpy().astype(np.int32), present))
+    _, blocks = codec.encode(windows)
+    return sum(len(block) for block in blocks) / sum(len(ids) for ids in tokens)
 
 
 def each_seed(work: Path, seeds: int, run: Callable[[int], None]) -> None:

@@ -66,7 +66,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +78,7 @@ from experiments.claims.training import (  # noqa: E402
     seconds_per_step,
     train,
 )
-from experiments.planned import Means, each_seed, less, secondary  # noqa: E402
+from experiments.planned import Means, bytes_per_token, each_seed, less, secondary  # noqa: E402
 
 from sparselogits.evaluate import Estimate, t_interval  # noqa: E402
 from sparselogits.files import write_whole  # noqa: E402
@@ -89,9 +88,7 @@ from sparselogits.samplers import (  # noqa: E402
     Sampler,
     Systematic,
     TopK,
-    window_uniforms,
 )
-from sparselogits.store.codec import TargetCodec, TargetWindow, codec_for  # noqa: E402
 
 RESULT = ROOT / "experiments" / "results" / "small_vocabulary.json"
 MARGIN = 0.003
@@ -114,19 +111,6 @@ TITLES = (*(arm.title for arm in ARMS), *(arm.title + TIMED for arm in ARMS[1:])
 
 
 # -- equal bytes -----------------------------------------------------------------------------------
-
-
-def bytes_per_token(sampler: Sampler, logits: Sequence[Tensor], tokens: Sequence[Tensor]) -> float:
-    """Measure the stored bytes per token of a sampler's targets on pilot windows."""
-    codec = TargetCodec.from_identity(codec_for(sampler), logits[0].shape[1])
-    windows = []
-    for index, (own, ids) in enumerate(zip(logits, tokens, strict=True)):
-        uniforms = window_uniforms(0, index, len(ids), sampler.uniforms_per_position)
-        present = np.ones(len(ids), np.bool_)
-        targets = codec.rounded(sampler(own, uniforms), 0, index)
-        windows.append(TargetWindow(targets, ids.numpy().astype(np.int32), present))
-    _, blocks = codec.encode(windows)
-    return sum(len(block) for block in blocks) / sum(len(ids) for ids in tokens)
 
 
 def rounds_within(

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -33,7 +34,7 @@ from experiments.healing.tables import filled as in_places  # noqa: E402
 from experiments.healing.tables import mean_over_seeds, over_seeds_or_windows  # noqa: E402
 from experiments.planned import less  # noqa: E402
 
-from sparselogits.evaluate import Estimate  # noqa: E402
+from sparselogits.evaluate import Estimate, t_interval  # noqa: E402
 from sparselogits.evaluate.intervals import fieller_interval, two_sided_p  # noqa: E402
 from sparselogits.lab.compare import Results, read_results  # noqa: E402
 from sparselogits.train.recipe import with_new_names  # noqa: E402
@@ -362,6 +363,26 @@ class Findings:
             if corrected:
                 p = own["p_holm"]
                 cells.append("below 1e-6" if p < 1e-6 else f"{p:.2g}")
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def arms_table(self, found: Mapping[str, Any], reference: str) -> str:
+        """Return the table of the arms of a pre-registered experiment: means over seeds, bytes."""
+        lines = [
+            "| targets | bytes per token | held-out loss | KL to the teacher "
+            f"| KL minus {reference}'s |",
+            "|---|---|---|---|---|",
+        ]
+        for name, kl in found["kl"].items():
+            took = found["bytes_per_token"].get(name)
+            behind = t_interval(less(found["kl"], name, reference))
+            cells = [
+                name,
+                "" if took is None else f"{took:.1f}",
+                f"{fmean(found['loss'][name]):.4f}",
+                f"{fmean(kl):.4f}",
+                "" if name == reference else said(behind, 4, 1, "+"),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 

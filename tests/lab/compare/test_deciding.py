@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from experiments import deciding
+from experiments.compare.pages import Findings
 from experiments.deciding import ARMS, RESULTS, judge
 from experiments.planned import holm
 
@@ -133,11 +134,18 @@ def test_two_steps_run_are_interrupted_and_collected(material, tmp_path, monkeyp
     assert json.loads(out.read_text())["verdict"] == "none yet"
     (work / "seed-1.tmp").rename(work / "seed-1.pt")  # as if stopped just after the rename
     call(deciding.main, "run", "--teacher", str(teacher), *sizes)
+    call(deciding.main, "bytes", "--teacher", str(teacher), *sizes)
     call(deciding.main, "collect", *sizes, "--out", str(out))
     found = json.loads(out.read_text())
     assert found["verdict"] in ("confirmed", "refuted", "undecided")
     assert found["as_planned"] is False
     assert all(len(own) == 2 and min(own) > 0 for own in found["kl"].values())
     assert len({tuple(own) for own in found["kl"].values()}) == len(ARMS)  # no two arms are alike
+    took = found["bytes_per_token"]
+    assert set(took) == {arm.title for arm in ARMS if arm.sampler is not None}
+    assert 0 < took["systematic 14"] < took["systematic 28"] < took["Top-50, ghost"]
+    rows = Findings().arms_table(found, "full KD").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in rows] == [f"| {arm.title}" for arm in ARMS]
+    assert f"| {took['RS-KD 15']:.1f} |" in rows[3]
     with pytest.raises(SystemExit, match="rehearsal"):
         call(deciding.main, "collect", *sizes)
