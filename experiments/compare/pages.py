@@ -29,7 +29,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
-from experiments.compare.tables import Seeds, said, tables_of  # noqa: E402
+from experiments.compare.tables import (  # noqa: E402
+    Seeds,
+    of_student,
+    order_of_acceptance,
+    said,
+    tables_of,
+)
 from experiments.healing.tables import filled as in_places  # noqa: E402
 from experiments.healing.tables import mean_over_seeds, over_seeds_or_windows  # noqa: E402
 from experiments.planned import less  # noqa: E402
@@ -345,9 +351,31 @@ class Findings:
         """Return the bytes of the cached targets per token in a healing setting."""
         return f"{healed(setting).rows[method].bytes_per_token:.0f}"
 
-    def teacher_loss(self, setting: str) -> str:
-        """Return the teacher's held-out loss in a healing setting, in nats per token."""
-        return f"{read_results(RESULTS / f'healing_{setting}.json').teacher.figures['loss']:.2f}"
+    def teacher(self, setting: str, metric: str, digits: int = 2, scale: float = 1) -> str:
+        """Return a metric of the teacher on the held-out text of a healing setting."""
+        own = read_results(RESULTS / f"healing_{setting}.json").teacher
+        assert own is not None
+        return f"{scale * own.figures[metric]:.{digits}f}"
+
+    def healed_row(self, setting: str, method: str) -> Any:
+        """Return the stored row of a method in a healing setting."""
+        return healed(setting).rows[method]
+
+    def healed_pairs(self) -> int:
+        """Count the comparisons of systematic with independent rounds in healing settings.
+
+        The text names the only one whose interval excludes zero, so another one is an error.
+        """
+        pairs = {
+            (name, budget): healed(name).less(f"systematic {budget}", f"RS-KD {budget}", "kl")
+            for name in HEALING
+            for budget in (5, 12)
+        }
+        apart = [
+            key for key, own in pairs.items() if own and ((own.low or 0) > 0 or (own.high or 0) < 0)
+        ]
+        assert apart == [("layers18", 5)], apart
+        return len(pairs)
 
     def table(self, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
         """Return the table of the endpoints of a pre-registered experiment, or of its tests."""
@@ -387,14 +415,51 @@ class Findings:
         return "\n".join(lines)
 
     def drafts(self) -> dict[str, int]:
-        """Count the methods of the first setting with the expected acceptance of drafts."""
+        """Count the methods of the first setting by their realised and expected acceptance."""
         own = [row.realised for row in BY_FILE["small_teacher"].results.methods if row.realised]
         within = sum(abs(x.acceptance - x.expected) <= 2 * x.error for x in own)
-        return {"methods": len(own), "within": within}
+        below = sum(x.acceptance < x.expected for x in own)
+        return {"methods": len(own), "within": within, "below": below}
 
     def largest_draft_error(self) -> float:
         """Return the largest deviation from expected acceptance with 1 024 prefixes, in errors."""
         return max(abs(own["standard_errors"]) for own in self.drafting)
+
+    def orders(self, *settings: str) -> str:
+        """Return the rank correlations of acceptance and loss over the methods of each student."""
+        found = []
+        for results in (BY_FILE[name].results for name in settings):
+            for student in results.settings["student_parameters"]:
+                found.append(f"{order_of_acceptance(of_student(results, student)):.2f}")
+        return f"{', '.join(found[:-1])} and {found[-1]}"
+
+    def steps(self, setting: str) -> int:
+        """Return the number of steps of the runs of a setting."""
+        (steps,) = {run.steps for run in BY_FILE[setting].results.runs if run.status == "done"}
+        return steps
+
+    def share_of_longer_training(self) -> float:
+        """Return the part of the gap that six more passes of cross-entropy close, for seed 0."""
+        six, twelve = (
+            BY_FILE[f"small_teacher_{name}"].seeds() for name in ("converged", "convergence")
+        )
+        (ce, full), (longer,) = six.values("CE", "full KD"), twelve.values("CE")
+        return (ce[0] - longer[0]) / (ce[0] - full[0])
+
+    def largest_miscalibration(self, families: list[str]) -> float:
+        """Return the largest difference in overconfidence to full KD with a small teacher.
+
+        Args:
+            families: samplers whose methods are compared.
+        """
+        return 100 * max(
+            abs(own.mean)
+            for name, setting in BY_FILE.items()
+            if name.startswith("small_teacher")
+            for method, row in setting.seeds().rows.items()
+            if row.family in families
+            and (own := setting.seeds().less(method, "full KD", "overconfidence")) is not None
+        )
 
     def span(self, setting: str, metric: str, families: list[str]) -> str:
         """Return the range of a metric over all methods of some families, in per cent."""
@@ -419,7 +484,7 @@ HEALING = {
 """Descriptions of the settings of experiments/healing/healing.py by name of their results."""
 
 
-ROUNDED = ("bits3", "bits4", "bits4a8", "greedy", "drawn")
+ROUNDED = ("layers18", "bits3", "bits4", "bits4a8", "greedy", "drawn")
 """Healing settings in which the weights of Top-K are rounded, as they are by default."""
 
 

@@ -193,17 +193,23 @@ def drafting_table(results: Results) -> list[str]:
     return [*lines, "", said]
 
 
-def order_of_acceptance(results: Results) -> list[str]:
-    """Return Spearman's rank correlation of acceptance and loss over methods, as a sentence."""
+def order_of_acceptance(results: Results) -> float:
+    """Return Spearman's rank correlation of acceptance and loss over the finished methods."""
     done = [row.figures for row in results.methods if row.seeds_done]
-    if len(done) < 3:
-        return []
     loss, acceptance = (
         np.argsort(np.argsort([sign * own[name].mean for own in done]))
         for name, sign in (("loss", -1), ("acceptance", 1))
     )
-    rho = float(np.corrcoef(loss, acceptance)[0, 1])
-    return [f"Acceptance against loss, rank correlation over {len(done)} methods: {rho:.2f}."]
+    return float(np.corrcoef(loss, acceptance)[0, 1])
+
+
+def acceptance_line(results: Results) -> list[str]:
+    """Return the rank correlation of acceptance and loss as a sentence; empty if too few."""
+    done = sum(bool(row.seeds_done) for row in results.methods)
+    if done < 3:
+        return []
+    rho = order_of_acceptance(results)
+    return [f"Acceptance against loss, rank correlation over {done} methods: {rho:.2f}."]
 
 
 def tasks_table(results: Results) -> list[str]:
@@ -280,7 +286,7 @@ def of_student(results: Results, student: str) -> Results:
 TABLES = (
     main_table,
     pairs_table,
-    order_of_acceptance,
+    acceptance_line,
     drafting_table,
     tasks_table,
     gradient_table,
