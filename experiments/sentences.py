@@ -20,15 +20,17 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from experiments.compare.pages import BY_FILE, SPACE, Findings  # noqa: E402
+from experiments.compare.pages import BY_FILE, HEALING, SPACE, Findings, healed  # noqa: E402
 
 from loss import table as table_of_losses  # noqa: E402
+from sparselogits.evaluate.intervals import Estimate, t_interval  # noqa: E402
 from sparselogits.lab.planning import Settings, StorageCost, plan  # noqa: E402
+from sparselogits.lab.planning.cost import MEASURED_BITS  # noqa: E402
 
 
 class Record(dict[str, Any]):
@@ -71,6 +73,13 @@ def spaced(value: float) -> str:
     return f"{value:,.0f}".replace(",", " ")
 
 
+def side(found: Estimate) -> int:
+    """Return 1 or -1 if an interval lies above or below zero, and 0 if it contains zero."""
+    assert found.low is not None
+    assert found.high is not None
+    return (found.low > 0) - (found.high < 0)
+
+
 def figure() -> Iterator[str]:
     """Yield the description of the first figure, which README.md and docs/index.md share."""
     rows = {own.method: own for own in stored("demo").results.methods}
@@ -91,7 +100,8 @@ def readme() -> Iterator[str]:
     small = ("small_teacher", *(f"small_teacher_{x}" for x in ("longer", "larger", "converged")))
     shares = [BY_FILE[name].seeds().gap("RS-KD 12").mean for name in small]
     yield f"RS-KD closes {span(shares, '.0f')} % of the gap to full distillation in four settings"
-    yield f"systematic rounds are ahead of RS-KD in loss in {ahead()}"
+    yield f"systematic rounds are ahead of RS-KD in loss in {ahead()} and not distinguishable"
+    yield f"they are ahead in KL in {NUMERALS[1]} of {Findings().healed_pairs()}"
     seeds = NUMERALS[len({own.seed for own in stored("healing_on_policy").arms})]
     yield f"Means over {seeds} seeds, {Findings().steps_of_arms()} steps"
 
@@ -121,6 +131,20 @@ def loss() -> Iterator[str]:
         yield f"{span(ours, '.2f')}, on average {fmean(ours):.2f}"
         if width < 2048:
             yield f"ross-entropy takes {other}"
+        above = [
+            (size[2], v)
+            for size, own in all_sizes.items()
+            for n, v in own.items()
+            if size[1] == width and n.startswith("ours") and float(f"{v:.4g}") > most
+        ]
+        if width == 512:
+            largest = [v for vocabulary, v in above if vocabulary == 128_256]
+            values = span(largest, ".2f")
+            yield f"{NUMERALS[len(largest)]} of them at V = 128 256 ({values})"
+        elif width == 2048:
+            assert all(round(v - most, 2) <= 0.01 for _, v in above)
+            both = sorted(all_sizes["float32", width, v]["cross_entropy"] for v in dict(above))
+            yield f"(by 0.01), where cross-entropy misses it too ({both[0]:.2f} and {both[1]:.2f})"
         if missed:
             yield f"{NUMERALS[missed]} of {len(ours)}"
         else:
@@ -130,6 +154,19 @@ def loss() -> Iterator[str]:
     def pair(method: str, dtype: str = "float32") -> str:
         return " and ".join(f"{rivals[dtype, d, 49152][method]:.2f}" for d in (128, 512))
 
+    apart = [
+        abs(rivals["float32", d, 49152]["ours_12"] - all_sizes["float32", d, 49152]["ours_12"])
+        for d in (128, 512)
+    ]
+    yield f"next table differs by {apart[0]:.2f} and {apart[1]:.2f}"
+    lead = [
+        own["cross_entropy"] - v
+        for name in ("loss", "loss_rivals", "loss_two_threads")
+        for (dtype, d, _), own in losses(name).items()
+        for n, v in own.items()
+        if (dtype, d) == ("float32", 128) and n.startswith("ours")
+    ]
+    yield f"{span(lead, '.1f')} with the default allocator"
     yield f"the loss takes {pair('ours_12')}, Cut Cross-Entropy {pair('cut_torch')}"
     yield f"cross-entropy {pair('cross_entropy')}, DistillKit {pair('distillkit')}"
     yield f"Full KD in chunks takes {pair('full_kd')}"
@@ -189,6 +226,13 @@ def file_format() -> Iterator[str]:
     ideas = [size.ideas["systematic N=21"][text] for text in texts]
     for name in ideas[0]:
         yield row("", *(fixed(own[name], 2) for own in ideas))[2:]
+    saved = [
+        (own["counts, the next token's derived (the format)"] - own[next(reversed(own))])
+        / sum(v for n, v in own.items() if n.endswith("(the format)"))
+        for own in ideas
+    ]
+    yield f"saves {span([100 * share for share in saved], '.1f')} %, not used"
+    yield f"({size.methods['systematic N=21'].text_bytes_per_token:.1f} bytes per token)"
     yield from rounded_weights()
     yield from time_to_read()
 
@@ -198,6 +242,7 @@ def rounded_weights() -> Iterator[str]:
     for own in found.values():
         kl = f"{own.kl:.1e}".replace("e-0", "e-")
         yield row("", own.entries_per_token, own.exact, own.rounded, kl)[2:]
+    assert all(found[f"top-{k}"].rounded < found[f"top-{k}"].exact / 2 for k in (12, 50))
     first = found["top-12"]
     octave = [first.per_octave[levels] for levels in ("16", "32", "64")]
     yield f"A level of Top-K takes {octave[1].bits_per_weight:.1f} bits"
@@ -250,6 +295,8 @@ def time_to_read() -> Iterator[str]:
     one, two, three = (round(own.resident_mib_after_all, -1) for own in processes)
     yield f"{spaced(processes[0].windows)} windows of {scale.reading.shards} shards"
     yield f"({one:.0f}, {two:.0f} and {three:.0f} MiB, with the libraries)"
+    grown = [own.resident_mib_after_all - own.resident_mib_after_64_windows for own in processes]
+    yield f"differs by at most {math.ceil(max(map(abs, grown)))} MiB after 64 windows"
     own = scale.opening
     yield f"a list of {spaced(own.shards)} shards takes {own.ranges_mib:.0f} MiB"
 
@@ -257,8 +304,33 @@ def time_to_read() -> Iterator[str]:
 def planning() -> Iterator[str]:
     rate = stored("packing").tokens_per_processor_second["threads 1"].median
     yield f"| tokenising | {spaced(round(rate, -3))} tokens per second and core |"
-    own = stored("step").students.head.over_ce.cache.median
-    yield f"({own:.3f} where the head dominates)"
+    even, head = (stored("step").students[name].over_ce.cache for name in ("even", "head"))
+    yield f"| time of a cached step / CE step | {even.median:.3f} |"
+    yield f"20th and 80th percentile {even.p20:.3f} and {even.p80:.3f}"
+    yield f"({head.median:.3f} where the head dominates)"
+    bits = [
+        stored("size").methods["systematic N=21"].bits_per_entry,
+        stored("size").synthetic["systematic N=21"].bits_per_entry,
+    ]
+    assert all(abs(own - used) < 0.005 for own, (_, used) in zip(bits, MEASURED_BITS, strict=True))
+    yield f"| bits per entry | {bits[0]:.2f} at V = 49 152, {bits[1]:.2f} at V = 128 256 |"
+    own = stored("size").methods["systematic N=21"].text_bytes_per_token
+    yield f"| text | {own:.2f} bytes per token |"
+    own = stored("cache_build").build_over_forward.median
+    yield f"| time of a build / forward pass | {own:.3f} |"
+    memory = stored("plan_memory").rows
+    yield f"between {span([own.estimate_over_it for own in memory], '.2f').replace('to', 'and')}"
+    near = [own.estimate_over_it for own in memory if (own.vocab, own.hidden) == (2048, 512)]
+    yield f"close ({span(near, '.2f')}) at a vocabulary of 2 048 and a width of 512"
+    highest = max(memory, key=lambda own: own.estimate_over_it)
+    assert (highest.vocab, highest.hidden) == (32_768, 128)
+    both = [plan(Settings(*sizes, 1e11)) for sizes in ((3e9, 3e8), (8e9, 3e9))]
+    one, two = (own.online_hours / own.ce_hours for own in both)
+    yield f"{one:.1f} times CE for a 3B teacher with a 300M student"
+    yield f"and {two:.1f} times for 8B with 3B"
+    one, two = ((x - 1) / (paper - 1) for x, paper in ((one, 2.9), (two, 1.77)))
+    yield f"a teacher's utilisation {one:.2f} and {two:.2f} times the student's"
+    assert {f"{own.break_even_passes:.2f}" for own in both} == {"1.05"}
     opening = stored("scale").opening
     yield f"{opening.first_listing_s:.3f} s for {spaced(opening.shards)}, `benchmarks/scale.json`"
     storage = StorageCost.ours(128_256)
@@ -417,6 +489,7 @@ def theory() -> Iterator[str]:
     yield f"Top-12 is {one} from full distillation and RS-KD {two}"
     yield f"the angles are {angle['Top-12', 'parameters']} and {angle['RS-KD', 'parameters']}"
     yield from noise_of_samplers()
+    yield from variants()
     yield from adaptive_rounds()
     yield from adaptive_in_training()
     for name in ("english-web", "shakespeare"):
@@ -470,6 +543,44 @@ def noise_of_samplers() -> Iterator[str]:
             yield row(f"{title}, {text}", *cells)
 
 
+def variants() -> Iterator[str]:
+    """Yield the comparisons of the threshold rule and of other orders with the default."""
+    texts = ("english-web", "shakespeare", "small-teacher")
+    at_100, saved, few, gains = [], [], [], []
+    for name in texts:
+        rows = noise(f"at_equal_bytes_{name}")
+        budgets = sorted({budget for _, budget in rows})
+
+        def ratio(sampler: str, budget: float, rows: Any = rows) -> float:
+            own, default = (rows[key, budget].error_x_entries for key in (sampler, "systematic"))
+            return float(own / default)
+
+        bits = stored(f"samplers_at_equal_bytes_{name}").error_at_bits
+        at_100.append(f"{bits.threshold['100'] / bits.systematic['100']:.1f}")
+        saved.append(span([100 * (1 - ratio("threshold", n)) for n in budgets if n >= 5], ".0f"))
+        few.append(f"{ratio('threshold, equal entries', 2):.2f}")
+        gains += [1 - ratio("systematic, by principal direction", n) for n in budgets]
+        for budget in (2, 5):  # "Top-K's squared bias is smaller than the variance of every ..."
+            errors = {key: own.error for (key, n), own in rows.items() if n == budget}
+            assert min(errors, key=lambda key: errors[key]) == "top-k (biased)"
+    yield f"has {at_100[0]} and {at_100[1]} times the default's error on the two texts"
+    yield f"and {at_100[2]} times with the small teacher"
+    yield f"save {saved[0]} % of error times entries at 5 entries and more on Genesis"
+    yield f"{saved[1]} % on Shakespeare and {saved[2]} % with the small teacher"
+    yield f"({few[0]}, {few[1]} and {few[2]})"
+    yield f"saves at most {100 * max(gains):.0f} % at any budget"
+    threshold = stored("rounded_weights").methods["threshold, tau 0.05"]
+    yield f"take {threshold.rounded:.1f} instead of {threshold.exact:.1f} bits per entry"
+    less = []
+    for name in texts[:2]:
+        rows = {(own.sampler, own.budget): own for own in stored(f"samplers_spatial_{name}").rows}
+        for budget in (11, 24):
+            errors = {key: own.error_x_entries for (key, n), own in rows.items() if n == budget}
+            assert min(errors, key=lambda key: errors[key]) == "local pivotal"
+            less.append(100 * (1 - errors["local pivotal"] / errors["systematic"]))
+    yield f"has the least error of these draws, {span(less, '.0f')} % less than the default"
+
+
 def brief(value: float) -> str:
     """Return a number with two digits and a short exponent, for example "4.4e-3"."""
     return f"{value:.1e}".replace("e-0", "e-")
@@ -490,6 +601,12 @@ def adaptive_rounds() -> Iterator[str]:
     ):
         own = [rows[key, budget] for budget in (5, 11, 22)]
         yield row(title, *(f"{each.error_x_entries:.3f}, {each.bits:.0f} bits" for each in own))
+    more = [
+        own.bits / rows["systematic", budget].bits
+        for (key, budget), own in rows.items()
+        if "adaptive" in key or "q=p^" in key
+    ]
+    yield f"take {span(more, '.1f')} times the bytes in float32"
 
 
 def adaptive_in_training() -> Iterator[str]:
@@ -504,10 +621,15 @@ def adaptive_in_training() -> Iterator[str]:
     default = [own.kl for own in rows["systematic"]]
     for name, seeds in rows.items():
         mean = {key: fmean(own[key] for own in seeds) for key in ("entries", "bits", "kl")}
-        less = [own.kl - other for own, other in zip(seeds, default, strict=True)]
+        less = t_interval([own.kl - other for own, other in zip(seeds, default, strict=True)])
         cells = f"| {mean['entries']:.1f} | {mean['bits']:.0f} | {mean['kl']:.3f} |"
-        said = f"{fmean(less):.3f} ± {stdev(less):.3f} |"
+        said = f"{plus_minus(less, '.3f')} |"
         yield cells if name == "systematic" else f"{cells} {said}"
+    for name, said in (("variance", "RS-KD: {}"), ("distance", "by distance: {}")):
+        pairs = zip(rows[f"adaptive, rounds by {name}"], rows["independent rounds"], strict=True)
+        yield said.format(
+            plus_minus(t_interval([own.kl - other.kl for own, other in pairs]), ".3f")
+        )
     many, few, own = (
         {key: fmean(x[key] for x in rows[name]) for key in ("entries", "bits", "kl")}
         for name in ("systematic", "systematic, half the rounds", "adaptive, rounds by variance")
@@ -515,6 +637,12 @@ def adaptive_in_training() -> Iterator[str]:
     share = math.log(own["entries"] / few["entries"]) / math.log(many["entries"] / few["entries"])
     yield f"({few['kl'] + share * (many['kl'] - few['kl']):.3f}, interpolated in the logarithm"
     yield f"with {percent(few['bits'] / many['bits'])} of the bytes"
+
+
+def plus_minus(found: Estimate, form: str) -> str:
+    """Format a mean with ± half of its interval; without a sign where the mean rounds to zero."""
+    assert found.high is not None
+    return f"{found.mean:z{form}} ± {found.high - found.mean:{form}}"
 
 
 SIZES = (512, 2048, 8192)
@@ -548,6 +676,13 @@ def parameters(file: str, target: str) -> str:
 def gradients() -> Iterator[str]:
     for own in stored(f"gradients_{TRAINED}").conditions.targets:
         yield parameters(TRAINED, own)
+    for name in ("RS-KD", "systematic", "threshold"):
+        own = gradient(TRAINED, name, "parameters", 512)
+        rounds = stored(f"gradients_{TRAINED}").conditions.targets[name].get("rounds")
+        title = f"{name}, N = {rounds}" if rounds else name
+        yield f"| {title} | {own.entries:.1f} {parameters(TRAINED, name)}"
+    yield from order_of_rules()
+    yield from single_positions()
     for name in ("Top-12", "Top-12, renormalise", "Top-300", "RS-KD", "systematic"):
         spaces = ("logits", "hidden", "summed logits", "summed hidden", "parameters")
         angles = [gradient(TRAINED, name, space, 8192).angle.mean for space in spaces]
@@ -631,6 +766,61 @@ def gradients() -> Iterator[str]:
     yield f"have {percent(1 - adaptive.entries / rival.entries)} fewer"
 
 
+def order_of_rules() -> Iterator[str]:
+    """Yield statements on the growth of Top-K's angles and on the rules for the missing mass."""
+    one, two = (gradient("genesis", "Top-12", "parameters", size) for size in (512, 8192))
+    assert f"{one.norm_ratio.mean:.2f}" == f"{two.norm_ratio.mean:.2f}"
+    yield (
+        f"Top-12 grows too ({one.angle.mean:.1f}° to {two.angle.mean:.1f}°), but its norm ratio "
+        f"stays at {two.norm_ratio.mean:.2f}"
+    )
+    for file, student in (("genesis", "fresh"), (FRESH, "fresh-student")):
+        one, two = (gradient(file, "Top-12", "parameters", n, student) for n in (512, 8192))
+        assert round(two.angle.mean, 1) <= round(one.angle.mean, 1)
+        assert round(two.norm_ratio.mean, 2) <= round(one.norm_ratio.mean, 2)
+    for name in (f"Top-{k}{rule}" for k in (12, 50, 300) for rule in ("", ", renormalise")):
+        rows = [gradient(TRAINED, name, "parameters", size) for size in SIZES]
+        assert all(x.angle.mean < y.angle.mean for x, y in pairwise(rows))
+        assert all(x.norm_ratio.mean < y.norm_ratio.mean for x, y in pairwise(rows))
+    labels, top = (
+        gradient(TRAINED, name, "parameters", 8192).angle.mean for name in ("label (CE)", "Top-50")
+    )
+    assert labels < top
+    rows = BY_FILE["small_teacher"].seeds().rows
+    names = ("Top-K 12", *(f"Top-K 12, {rule}" for rule in ("smooth", "ghost", "ground truth")))
+    angles = [rows[name].gradient.sizes[-1].angle for name in names]
+    drop, smooth, ghost, truth = (f"{own.mean:.0f}°" for own in angles)
+    yield f"{drop} for dropping, {smooth} for smoothing, {ghost} for the ghost token and {truth}"
+    halves = span([own.high - own.mean for own in angles], ".0f")
+    yield f"intervals of ± {halves.replace(' to', '° to')}°"
+    systematic = [
+        gradient(FRESH, "systematic", "parameters", size, "fresh-student").relative_angle.mean
+        for size in SIZES
+    ]
+    assert round(max(systematic) - 0.7, 2) <= 0.02
+    excluded = [
+        (student, size)
+        for file, student in ((TRAINED, "trained"), (FRESH, "fresh-student"))
+        for size in SIZES[:2]
+        if gradient(file, "RS-KD", "parameters", size, student).squared_bias.high < 0
+    ]
+    assert excluded == [("fresh-student", 512), ("fresh-student", 2048)]
+
+
+def single_positions() -> Iterator[str]:
+    """Yield the comparison of Top-12 with RS-KD in logit space and in the sum over hidden space."""
+    top, renormalised, drawn = (
+        gradient(TRAINED, name, "logits", 8192).angle.mean
+        for name in ("Top-12", "Top-12, renormalise", "RS-KD")
+    )
+    assert round(drawn / top) == 4
+    yield f"Top-12 ({top:.1f}°) is four times closer"
+    yield f"as many entries ({drawn:.1f}°); renormalised Top-12 is at {renormalised:.1f}°"
+    both = [gradient(TRAINED, n, "parameters", 8192).angle.mean for n in ("Top-12", "RS-KD")]
+    yield f"the order is reversed, {both[0]:.0f}° and {both[1]:.0f}°"
+    yield f"Top-12 is at {gradient(TRAINED, 'Top-12', 'summed hidden', 8192).angle.mean:.0f}°"
+
+
 def ahead() -> str:
     """Count the comparisons of systematic with independent rounds that favour the former."""
     pairs = [
@@ -648,7 +838,30 @@ def ahead() -> str:
 def recipes() -> Iterator[str]:
     six = BY_FILE["small_teacher_converged"].seeds().less("systematic 12", "RS-KD 12")
     assert six is not None
-    yield f"ahead of RS-KD by {-six.mean:.3f} nats in {ahead()}"
+    yield f"ahead of RS-KD in loss by {-six.mean:.3f} nats in {ahead()}"
+    few = [healed("layers18").rows[name] for name in ("systematic 5", "RS-KD 5")]
+    more = few[0].bytes_per_token / few[1].bytes_per_token - 1
+    yield (
+        f"in KL ahead in one of {Findings().healed_pairs()} comparisons with pruned and quantised "
+        f"students (with {percent(more)} more bytes) and with masked language models"
+    )
+    masked = stored("masked").methods
+    pairs = zip(masked["systematic 12"].kl, masked["RS-KD 12"].kl, strict=True)
+    assert side(t_interval([own - other for own, other in pairs])) == -1
+    lists = [healed(name).less("Top-12", "CE", "kl") for name in HEALING]
+    sides = [side(own) for own in lists if own is not None]
+    yield f"its KL is behind in {NUMERALS[sides.count(1)]} of {NUMERALS[len(sides)]} settings"
+    yield f"students and ahead in {NUMERALS[sides.count(-1)]}"
+    tops = [
+        side(found)
+        for setting in BY_FILE.values()
+        for student in setting.results.settings["student_parameters"]
+        if (found := setting.seeds(student).less("Top-K 12", "CE")) is not None
+    ]
+    yield (
+        f"behind cross-entropy in loss in {NUMERALS[tops.count(1)]} of {NUMERALS[len(tops)]} "
+        f"settings and is not distinguishable in {NUMERALS[tops.count(0)]}"
+    )
     gaps = [
         found.mean
         for setting in BY_FILE.values()
