@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from experiments.compare.pages import BY_FILE, HEALING, SPACE, Findings, healed  # noqa: E402
+from experiments.healing.tables import over_seeds_or_windows  # noqa: E402
 
 from loss import table as table_of_losses  # noqa: E402
 from sparselogits.evaluate.intervals import Estimate, t_interval  # noqa: E402
@@ -104,6 +105,53 @@ def readme() -> Iterator[str]:
     yield f"they are ahead in KL in {NUMERALS[1]} of {Findings().healed_pairs()}"
     seeds = NUMERALS[len({own.seed for own in stored("healing_on_policy").arms})]
     yield f"Means over {seeds} seeds, {Findings().steps_of_arms()} steps"
+    full, cache = "full KD", "healed for longer"
+    both, alone = "healed, then on-policy", "on-policy for longer"
+    sides = {
+        (metric, one, other): side(arms(one, other, metric))
+        for metric in ("kl", "reverse_kl_of_a_sequence")
+        for one, other in combinations((full, cache, both, alone), 2)
+    }
+    assert sides["kl", full, cache] == 0
+    assert all(sides["kl", one, other] == -1 for one in (full, cache) for other in (both, alone))
+    yield "not distinguishable in KL, and both are ahead of the on-policy methods"
+    apart = [key for key, own in sides.items() if key[0] != "kl" and own]
+    assert apart == [("reverse_kl_of_a_sequence", full, cache)]
+    yield "in reverse KL only the lead of full KD over the cache is distinguishable"
+    facts = stored("healing_layers24").settings
+    larger = facts.teacher.parameters / facts.student_parameters.layers24
+    assert round(larger, 1) == 1.2
+    yield "The teacher is only a fifth larger than the student"
+
+
+def arms(one: str, other: str, metric: str) -> Estimate:
+    """Return the difference of two arms of experiments/healing/on_policy.py, paired by seed."""
+    rows = ([row for row in stored("healing_on_policy").arms if row.arm == n] for n in (one, other))
+    return over_seeds_or_windows(*rows, metric)[0]
+
+
+def compress() -> Iterator[str]:
+    rates = stored("healing_rates").bits3
+    assert all(min(own, key=own.get) == max(own, key=float) == "0.0001" for own in rates.values())
+    yield "did best at the largest rate tried, 1e-4"
+    ends = [healed(name).mean("full KD", "kl") for name in ("bits4a8", "bits4", "bits3")]
+    grid, channel, three = (own.mean for own in ends if own is not None)
+    assert grid < channel < three
+    yield "farther from its teacher with one scale per channel, and with 3 bits farther still"
+
+
+def experiments() -> Iterator[str]:
+    hours, means = {}, {}
+    for name in HEALING:
+        runs = [run for run in stored(f"healing_{name}").runs if run.method != "before training"]
+        seconds = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
+        means[name], hours[name] = fmean(seconds), fmean(seconds) * len(runs) / 3600
+    pruned = [hours[name] for name in ("layers24", "layers18", "greedy")]
+    quantised = ("bits3", "bits4", "bits4a8")
+    yield f"Training took {span(pruned, '.1f')} core-hours in a pruned setting"
+    yield f"{hours['drawn']:.1f} in float32 (drawn answers)"
+    yield f"{span([hours[name] for name in quantised], '.1f')} with quantised weights"
+    yield f"(30 runs of {span([means[name] for name in quantised], '.0f')} s on average)"
 
 
 NUMERALS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -879,6 +927,20 @@ def recipes() -> Iterator[str]:
     less = seeds.differences(f"{name}, fresh", f"{name}, frozen")
     assert max(less) < 0
     yield f"fresh draws were {-fmean(less):.3f} nats better in all {NUMERALS[len(less)]} seeds"
+    small = BY_FILE["small_teacher"].seeds()
+    for k, best in (
+        (5, "ground truth"),
+        (12, "ground truth"),
+        (50, "ground truth"),
+        (100, "smooth"),
+    ):
+        names = [
+            f"Top-K {k}",
+            *(f"Top-K {k}, {rule}" for rule in ("ghost", "smooth", "ground truth")),
+        ]
+        losses = {name: own.mean for name in names if (own := small.mean(name)) is not None}
+        assert min(losses, key=lambda name: losses[name]) == f"Top-K {k}, {best}"
+    yield "`ground_truth` lost least up to K = 50 and `smooth` at 100"
     alphas = ("RS-KD 12", *(f"RS-KD 12, alpha {own}" for own in ("0.1", "0.3", "0.5")))
     shares = [found.gap("small_teacher", own).split(SPACE)[0] for own in alphas]
     yield f"0, 0.1, 0.3 and 0.5 close {', '.join(shares[:3])} and {shares[3]} % of the gap"
@@ -960,6 +1022,8 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "docs/scaling.md": scaling,
     "docs/theory.md": theory,
     "docs/gradients.md": gradients,
+    "docs/compress.md": compress,
+    "experiments/README.md": experiments,
     "docs/recipes.md": recipes,
     "docs/retokenize.md": retokenize,
     "docs/storage.md": storage,

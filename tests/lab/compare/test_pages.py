@@ -6,7 +6,7 @@ import re
 import statistics
 
 import pytest
-from experiments.compare.pages import DOCS, RESULTS, SETTINGS, pages
+from experiments.compare.pages import BY_FILE, DOCS, HEALING, RESULTS, SETTINGS, healed, pages
 from experiments.pushforward_bias import AHEAD, means, pairs, rows_of
 
 from sparselogits.lab.compare import read_results
@@ -27,6 +27,65 @@ def test_the_pages_are_what_the_stored_results_say():
 def test_every_stored_comparison_has_its_page():
     shown = {f"compare_{own.file}.json" for own in SETTINGS}
     assert shown == {path.name for path in RESULTS.glob("compare_*.json")}
+
+
+BELOW, ABOVE, AROUND = -1, 1, 0  # position of an interval relative to zero
+
+CLAIMS = [
+    ("both remain behind full KD", "layers24", "systematic 12", "full KD", ABOVE),
+    ("both remain behind full KD", "layers24", "RS-KD 12", "full KD", ABOVE),
+    ("less than either sampler with five", "layers24", "systematic 5", "Top-12 ghost", BELOW),
+    ("less than either sampler with five", "layers24", "RS-KD 5", "Top-12 ghost", BELOW),
+    ("less than cross-entropy to the labels", "layers24", "Top-12", "CE", ABOVE),
+    ("Top-100 with the ghost token is not", "layers24", "Top-100 ghost", "systematic 12", AROUND),
+    ("Systematic and independent rounds are", "layers24", "systematic 12", "RS-KD 12", AROUND),
+    ("Systematic and independent rounds are", "layers24", "systematic 5", "RS-KD 5", AROUND),
+    ("slightly less than cross-entropy", "layers18", "Top-12", "CE", ABOVE),
+    ("are ahead of the ghost token by", "layers18", "systematic 12", "Top-12 ghost", BELOW),
+    ("more than cross-entropy here", "greedy", "Top-12", "CE", BELOW),
+    ("rounds at 12 entries are not", "greedy", "systematic 12", "Top-12 ghost", AROUND),
+    ("they are ahead of Top-12 without it", "greedy", "systematic 12", "Top-12", BELOW),
+    ("over the ghost token is not there", "drawn", "systematic 12", "Top-12 ghost", AROUND),
+    ("even Top-100 is behind Top-100 with it", "drawn", "Top-100", "Top-100 ghost", ABOVE),
+    ("are not distinguishable from full KD", "bits3", "systematic 12", "full KD", AROUND),
+    ("nor from the ghost token", "bits3", "systematic 12", "Top-12 ghost", AROUND),
+    ("only Top-12 without it is behind", "bits3", "Top-12", "Top-12 ghost", ABOVE),
+    ("only Top-12 without it is behind", "bits3", "CE", "Top-12 ghost", AROUND),
+    ("lead of systematic rounds over", "bits4a8", "systematic 12", "Top-12 ghost", BELOW),
+    ("full KD remains ahead", "bits4a8", "systematic 12", "full KD", ABOVE),
+    ("K = 5, +0.734", "small_teacher", "Top-K 12", "CE", ABOVE),
+    ("after six passes at +1.605", "small_teacher_converged", "Top-K 12", "CE", ABOVE),
+    ("not distinguishable from CE in loss", "smollm2", "Top-K 12", "CE", AROUND),
+    ("excludes zero after six passes", "small_teacher_converged", "RS-KD 12", "full KD", ABOVE),
+    ("two larger students", "small_teacher_larger", "RS-KD 12", "full KD", ABOVE),
+    ("the interval contains zero", "smollm2", "RS-KD 12", "full KD", AROUND),
+    ("the ghost token at K = 50", "small_teacher", "Top-K 50, ghost", "Top-K 50", AROUND),
+    ("Twelve uniform entries end", "small_teacher", "uniform 12", "CE", ABOVE),
+    ("Reverse KL is not", "small_teacher", "reverse KL", "CE", AROUND),
+    ("A threshold target is not", "small_teacher", "threshold 5", "systematic 5", AROUND),
+    ("Adaptive rounds show", "small_teacher_adaptive", "adaptive 12", "systematic 12", AROUND),
+]
+"""Words of docs/results.md, results, two methods, and where their difference is from zero.
+
+The difference is in KL in the settings of healed students and in loss in all others.
+"""
+
+
+@pytest.mark.parametrize(("words", "file", "method", "other", "expected"), CLAIMS)
+def test_a_comparison_in_words_is_that_of_the_interval(words, file, method, other, expected):
+    assert words in " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())
+    if file in HEALING:
+        found = healed(file).less(method, other, "kl")
+    else:
+        found = BY_FILE[file].seeds().less(method, other)
+    assert (found.low > 0) - (found.high < 0) == expected
+
+
+@pytest.mark.parametrize("k", [5, 12, 50, 100])
+@pytest.mark.parametrize("rule", ["ghost", "smooth", "ground truth"])
+def test_each_rule_for_the_missing_mass_lowers_the_loss(k, rule):
+    found = BY_FILE["small_teacher"].seeds().less(f"Top-K {k}, {rule}", f"Top-K {k}")
+    assert (found.high < 0) == ((rule, k) != ("ghost", 50))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda own: own.file)
