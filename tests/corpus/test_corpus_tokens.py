@@ -200,7 +200,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "longer than a window": ({"input_ids": [1] * 9}, r"9 tokens, more than a window of 8"),
     "outside the vocabulary": ({"input_ids": [1, VOCAB]}, r"token id 300, but the teacher's"),
     "negative id": ({"input_ids": [1, -100]}, r"token id -100"),
-    "huge id": ({"input_ids": [2**63, 2**63]}, r"token id -9223372036854775808"),
+    "huge id": ({"input_ids": [2**63, 2**63]}, r"number 9223372036854775808 in `input_ids`"),
     "beyond 64 bits": ({"input_ids": [1, 2**70]}, r"other values than integers"),
     "not tokenized": ({"text": "abc"}, r"no column `input_ids`; its columns are `text`"),
     "text in place of ids": ({"input_ids": "abc"}, r"has str in `input_ids`"),
@@ -257,10 +257,18 @@ def test_a_row_that_cannot_be_a_window_is_refused(case, packed, tmp_path):
 
 
 def test_a_row_without_tokens_is_left_out_and_counted(packed, tmp_path):
-    rows = [{"input_ids": []}, {"input_ids": [1, 2]}, {"input_ids": [3], "attention_mask": [0]}]
-    corpus = packed(as_json(tmp_path, rows))
-    assert windows_of(corpus) == [expected_window([1, 2])]
-    assert corpus.summary.blank_documents == 2
+    rows: Rows = [
+        {"input_ids": []},
+        {"input_ids": [1, 2]},
+        {"input_ids": [3], "attention_mask": [0]},
+        {"input_ids": None},
+    ]
+    columns = pa.table({"input_ids": pa.array([r["input_ids"] for r in rows[:2] + rows[3:]])})
+    pq.write_table(columns, tmp_path / "rows.parquet")
+    for data, blank in ((as_json(tmp_path, rows), 3), (rows, 3), (tmp_path / "rows.parquet", 2)):
+        corpus = packed(data)
+        assert windows_of(corpus) == [expected_window([1, 2])]
+        assert corpus.summary.blank_documents == blank
 
 
 def test_the_tokenizer_has_to_be_named_and_to_be_the_teachers(packed, tokenizer, tmp_path):
@@ -350,6 +358,12 @@ def test_datatrove_loss_masks_are_read(packed, tmp_path):
     assert windows_of(packed(path)) == expected
 
 
+def test_metadata_with_line_ends_of_windows_are_read(packed, tmp_path):
+    path = write_ds(tmp_path / "a.ds", [list(range(1, 9))], index=False)
+    Path(f"{path}.metadata").write_bytes(b"some/name|2\r\n8\r\n8 T")
+    assert windows_of(packed(path)) == [expected_window(list(range(1, 9)))]
+
+
 def test_another_index_is_another_text(tmp_path, tokenizer):
     path = write_ds(tmp_path / "a.ds", [[1, 2], [3, 4]])
     before = open_source(path, tokenized_by=tokenizer).fingerprint
@@ -385,10 +399,16 @@ def test_damaged_datatrove_files_are_refused(damage, message, packed, tmp_path):
 
 
 def write_shard(
-    path: Path, ids: list[int], magic: int = 20240520, claimed: int | None = None
+    path: Path,
+    ids: list[int],
+    magic: int = 20240520,
+    claimed: int | None = None,
+    version: int | None = None,
+    width: int = 0,
 ) -> Path:
-    header = [magic, 1, len(ids) if claimed is None else claimed, *([0] * 253)]
-    kind = "I" if magic == 20240801 else "H"
+    version = version or {20240801: 7}.get(magic, 1)
+    header = [magic, version, len(ids) if claimed is None else claimed, width, *([0] * 252)]
+    kind = "I" if magic == 20240801 or width == 4 else "H"
     path.write_bytes(struct.pack("<256i", *header) + struct.pack(f"<{len(ids)}{kind}", *ids))
     return path
 
@@ -411,6 +431,17 @@ def test_token_shards_begin_documents_at_separators(magic, packed, tmp_path):
     assert packed(folder, split="validation").windows == 5
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_shards_of_nemo_automodel_state_their_bytes_per_id(width, packed, tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    ids = list(range(1, 2 * LENGTH + 1))
+    write_shard(folder / "train.bin", ids, 278895051, width=width)
+    (folder / "train.bos.idx").write_bytes(struct.pack("<i", 1024))  # positions of its BOS tokens
+    expected = [expected_window(ids[at : at + LENGTH]) for at in (0, LENGTH)]
+    assert windows_of(packed(folder)) == expected
+
+
 def test_a_separator_at_the_beginning_of_a_window_is_no_second_document(packed, tmp_path):
     path = write_shard(tmp_path / "a.bin", [END, 1, 2, 3, 4, 5, 6, 7] * 2)
     assert packed(path, kind="documents").windows == 2
@@ -426,6 +457,9 @@ def test_a_separator_at_the_beginning_of_a_window_is_no_second_document(packed, 
         (lambda p: write_shard(p, [1] * 20, claimed=2**31 - 1), r"claims 2,147,483,647 ids"),
         (lambda p: write_shard(p, [1] * 20, claimed=-1), r"claims -1 ids"),
         (lambda p: write_shard(p, [1] * 20, magic=7), r"begins with 7, so it is not a token shard"),
+        (lambda p: write_shard(p, [1] * 20, version=2), r"\(20240520\) of version 2 .* version 1"),
+        (lambda p: write_shard(p, [1] * 20, 20240801, version=2), r"\(20240801\) of version 2"),
+        (lambda p: write_shard(p, [1] * 20, 278895051, width=3), r"whose fourth number is 3"),
         (lambda p: p.write_bytes(b"\1\2"), r"begins with b'\\x01\\x02', so it is not"),
         (lambda p: p.write_bytes(p.read_bytes()[:-3]), r"is incomplete"),
         (lambda p: write_shard(p, [VOCAB] * 8), r"a\.bin, window 0 contains the token id 300"),
@@ -521,10 +555,12 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"lengths": [3, 2, 4]}, r"2 claims 4 ids from byte 10 on, but a\.bin has 16 bytes"),
-        ({"begins": [0, 6, -(2**62)]}, r"sequence 2 claims 3 ids from byte -4,611"),
-        ({"begins": [0, 6, 2**63 - 1]}, r"sequence 2 claims 3 ids from byte 9,223"),
-        ({"begins": [0, 0, 0]}, r"sequence 1 claims .* sequences do not overlap"),
+        ({"lengths": [3, 2, 4]}, r"2 claims 4 ids of 2 bytes from byte 10 on, .* has 16 bytes"),
+        ({"lengths": [3, 2, 2]}, r"the last sequence ends at byte 14, but a\.bin has 16 bytes"),
+        ({"begins": [0, 6, -(2**62)]}, r"sequence 2 claims 3 ids of 2 bytes from byte -4,611"),
+        ({"begins": [0, 6, 2**63 - 1]}, r"sequence 2 claims 3 ids of 2 bytes from byte 9,223"),
+        ({"begins": [0, 0, 0]}, r"sequence 1 claims .* the sequence before it ends at byte 6"),
+        ({"begins": [0, 6, 12]}, r"sequence 2 claims .* the sequence before it ends at byte 10"),
         ({"lengths": [3, -2, 3]}, r"sequence 1 claims -2 ids"),
         ({"lengths": [2**31 - 1, 2, 3]}, r"sequence 0 claims 2,147,483,647 ids"),
         ({"counts": (2**60, 4)}, r"claims 1,152,921,504,606,846,976 sequences"),
@@ -541,6 +577,18 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
 def test_damaged_indexed_datasets_are_refused(damage, message, packed, tmp_path):
     with pytest.raises(CorpusError, match=message):
         packed(write_indexed(tmp_path / "a", THREE, **damage))
+
+
+@pytest.mark.parametrize("sequences", [[[1, 2, 3], [4, 5]], [[1, 2, 3]]], ids=str)
+def test_dtype_codes_of_deepspeed_are_not_read_as_those_of_megatron(sequences, packed, tmp_path):
+    """DeepSpeed's code 8 is uint64, Megatron-LM's is uint16; both have the same magic."""
+    path = write_indexed(tmp_path / "a", sequences, code=5)
+    index = bytearray(path.read_bytes())
+    assert index[17] == 5
+    index[17] = 8
+    path.write_bytes(bytes(index))
+    with pytest.raises(CorpusError, match=r"write both again"):
+        packed(path)
 
 
 def test_files_that_do_not_belong_together_are_refused(packed, tmp_path):

@@ -112,7 +112,8 @@ class Fields:
             CorpusError: see `chosen`.
         """
         if self.tokens is not None:
-            return {name: record[name] for name in COLUMNS if record.get(name) is not None}
+            kept = {name: record[name] for name in COLUMNS if record.get(name) is not None}
+            return {IDS: None} | kept if IDS in record else kept
         names = self.chosen(record, where)
         if is_conversation(record, names):
             names = [*names, *(name for name in EXTRAS if record.get(name) is not None)]

@@ -154,7 +154,7 @@ def require_fitting(count: int, where: _Where, reading: TokenReading) -> None:
 def record_row(
     values: Mapping[str, Any], where: _Where, size: int, reading: TokenReading
 ) -> Piece | None:
-    """Return a record's row of token ids as a piece; None if the row has no tokens.
+    """Return a record's row of token ids as a piece; None if the row is null or has no tokens.
 
     Raises:
         CorpusError: `input_ids` is missing, a column is invalid or contradicts another column, or
@@ -162,9 +162,11 @@ def record_row(
             `token_piece`.
     """
     found = {name: values[name] for name in COLUMNS if values.get(name) is not None}
-    if IDS not in found:
+    if IDS not in values:
         names = ", ".join(f"`{name}`" for name in values) or "none"
         _reject(where, f"has no column `{IDS}`; its columns are {names}. Give tokenized data")
+    if IDS not in found:
+        return None
     ids = _integers(found, IDS, where)
     columns = {
         name: _integers(found, name, where, len(ids))
@@ -214,6 +216,12 @@ def _integers(
         _reject(where, f"has lists in `{name}`; give one flat list of numbers per row")
     if array.dtype.kind not in "iub":
         _reject(where, f"has other values than integers in `{name}`; tokenize the text again")
+    if array.size and int(array.max()) >= 1 << 63:
+        _reject(
+            where,
+            f"has the number {array.max()} in `{name}`, which no tokenizer has; tokenize the text "
+            "again",
+        )
     if length is not None and len(array) != length:
         _reject(
             where,

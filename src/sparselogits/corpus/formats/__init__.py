@@ -78,6 +78,8 @@ def format_in_folder(path: Path) -> Format | None:
 
 def format_with_weak_suffix(path: Path) -> Format | None:
     """Return the format whose `weak_suffixes` contain a file's suffix; None if there is none."""
+    if path.name.endswith(".bos.idx"):  # positions of documents, next to NeMo AutoModel's .bin
+        return None
     suffix = path.suffix.lower()
     return next((f for f in known_formats() if suffix in f.weak_suffixes), None)
 

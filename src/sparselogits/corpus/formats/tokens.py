@@ -4,7 +4,8 @@
   `.ds.metadata` (its first line is `NAME|BYTES` with the bytes per id), `.ds.index` (uint64 ends of
   documents) and `.ds.loss` (one byte per id, 0 for an id that carries no target).
 - `.bin` of llm.c and modded-nanogpt: 256 int32, then ids. The first int32 is 20240520 for uint16
-  or 20240801 for uint32, the second a version, the third the number of ids.
+  or 20240801 for uint32, the second a version, the third the number of ids. NeMo AutoModel writes
+  278895051 first, and the bytes per id as the fourth.
 - `.idx` of Megatron-LM: magic, version 1, type of the ids, numbers of sequences and of documents;
   then int32 lengths and int64 first bytes of the sequences in `.bin`, and int64 ends of documents.
 
@@ -42,7 +43,9 @@ _Array = NDArray[Any]
 _BLOCK = 1 << 20
 _LARGEST_METADATA = 1 << 12
 _HEADER = struct.Struct("<256i")
-_SHARD_KINDS = {20240520: "<u2", 20240801: "<u4"}
+_SHARD_KINDS = {(20240520, 1): "<u2", (20240801, 7): "<u4", (20240801, 1): "<u4"}
+_SHARD_KINDS_OF_NEMO = {2: "<u2", 4: "<u4"}
+_NEMO = 278895051
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_KINDS = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -173,10 +176,20 @@ class TokenShard(_Stream):
             size = os.fstat(handle).st_size
             header = os.pread(handle, _HEADER.size, 0)
         whole = len(header) == _HEADER.size
-        magic, version, count, *_ = _HEADER.unpack(header) if whole else (None, None, 0)
-        if magic not in _SHARD_KINDS:
+        magic, version, count, width, *_ = _HEADER.unpack(header) if whole else (None, None, 0, 0)
+        kind = _SHARD_KINDS.get((magic, version))
+        if (magic, version) == (_NEMO, 1):
+            kind = _SHARD_KINDS_OF_NEMO.get(width)
+        if kind is None and magic in {_NEMO, *(known for known, _ in _SHARD_KINDS)}:
+            raise CorpusError(
+                f"{file.name} is a token shard ({magic}) of version {version} whose fourth number "
+                f"is {width}; expected version 1 (of 20240801 also 7), and for {_NEMO} 2 or 4 "
+                "bytes per id there. Write the file again with a version of its program that does"
+            )
+        if kind is None:
             advice = (
-                "give files that begin with 256 numbers, the first of them 20240520 or 20240801"
+                "give files that begin with 256 numbers, the first of them 20240520, 20240801 or "
+                f"{_NEMO}"
             )
             if file.path.with_suffix(".idx").exists():
                 advice = f"it belongs to {file.path.with_suffix('.idx').name}, so give that file"
@@ -184,7 +197,6 @@ class TokenShard(_Stream):
                 f"{file.name} begins with {magic if whole else header[:4]!r}, so it is not a token "
                 f"shard; {advice}"
             )
-        kind = _SHARD_KINDS[magic]
         expected = _HEADER.size + count * np.dtype(kind).itemsize
         if count < 0 or size != expected:
             raise CorpusError(
@@ -227,16 +239,16 @@ class Megatron(TokenFormat):
             for first, lengths, begins in _sequences(handle, 0, count, count, file.name):
                 stops = begins + lengths.astype(np.int64) * width
                 before = np.append(end, stops[:-1])
-                wrong = np.flatnonzero(
-                    (lengths < 0) | (begins < before) | (begins > size) | (stops > size)
-                )
+                wrong = np.flatnonzero((lengths < 0) | (begins != before) | (stops > size))
                 if len(wrong):
                     at = int(wrong[0])
                     raise CorpusError(
-                        f"{file.name}: sequence {first + at} claims {lengths[at]:,} ids from byte "
-                        f"{begins[at]:,} on, but {ids.name} has {size:,} bytes, and sequences do "
-                        "not overlap. The two files do not belong together, or one is incomplete; "
-                        "download or write both again"
+                        f"{file.name}: sequence {first + at} claims {lengths[at]:,} ids of {width} "
+                        f"bytes from byte {begins[at]:,} on, but the sequence before it ends at "
+                        f"byte {before[at]:,}, and {ids.name} has {size:,} bytes. Expected "
+                        "sequences one after another: the two files do not belong together, one "
+                        "is incomplete, or they are of a program with other dtype codes "
+                        "(DeepSpeed's); write both again with Megatron-LM's preprocessing"
                     )
                 end = int(stops[-1])
                 for at, length in enumerate(lengths.tolist(), first + 1):
@@ -244,6 +256,12 @@ class Megatron(TokenFormat):
                     if held >= span_bytes:
                         yield Span(file, start, at, held)
                         start, held = at, 0
+        if end != size:
+            raise CorpusError(
+                f"{file.name}: the last sequence ends at byte {end:,}, but {ids.name} has {size:,} "
+                "bytes, so the two files do not belong together or the index is incomplete; "
+                "download or write both again"
+            )
         if start < count:
             yield Span(file, start, count, held)
 
@@ -357,7 +375,7 @@ def _width(path: Path | None) -> int | None:
     if path is None:
         return None
     with path.open("rb") as handle:
-        line = handle.read(_LARGEST_METADATA).partition(b"\n")[0]
+        line = handle.read(_LARGEST_METADATA).partition(b"\n")[0].strip()
     _, bar, width = line.rpartition(b"|")
     return int(width) if bar and width.isdigit() and len(width) < 4 else None
 
