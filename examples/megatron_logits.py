@@ -14,10 +14,15 @@ Archives hold pickled tensors. They are loaded with `weights_only=True`, which r
 them; still, convert only archives of your own. That is why this is a script, and not a part of the
 library, which opens no pickle.
 
-Layout, of `megatron/training/distillation` in Megatron-LM: `cp{C}_dp{D}__{I}.tar` with `_meta.json`
-and a member `{iteration}.pt.zst` per iteration, in which `values`, `indices_low` (uint16) and
-`bit_17` are lists of tensors [sequence, batch, K], one per microbatch. An entry that top-p left out
-has the index -1 and a value below -1000.
+Layouts, of `megatron/training/distillation` in Megatron-LM: an archive per data-parallel rank D and
+interval has `_meta.json` and a member per iteration, in which `values`, `indices_low` (uint16) and
+`bit_17` are
+
+1. lists of tensors [sequence, batch, K], one per microbatch (`cp{C}_dp{D}__{I}.tar`);
+2. tensors [sequence, samples of the rank, K], with `format_version` 2; the microbatches follow one
+   another, and `_meta.json` has their size, `mbs_save` (`dp{D}__{I}.tar` or `dp{D}__{I}-{J}.tar`).
+
+An entry that top-p left out has the index -1 and a value below -1000.
 """
 
 from __future__ import annotations
@@ -39,8 +44,9 @@ import zstandard
 
 from sparselogits.corpus.formats import JsonLines, SourceFile
 
-NAME = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
-MEMBER = re.compile(r"(\d+)\.pt\.zst")
+NAME = re.compile(r"(?:cp(\d+)_)?dp(\d+)__(\d+)(?:-\d+)?\.tar")
+MEMBER = re.compile(r"(\d+)(?:-\d+)?\.pt\.zst")
+META = "_meta.json"
 LEFT_OUT = -1000.0
 ROWS_PER_GROUP = 64
 
@@ -50,7 +56,7 @@ def archives(folder: Path) -> dict[int, list[Path]]:
     found: dict[int, list[tuple[int, Path]]] = defaultdict(list)
     for path in folder.iterdir():
         if match := NAME.fullmatch(path.name):
-            context, rank, last = map(int, match.groups())
+            context, rank, last = (int(number or 0) for number in match.groups())
             if context:
                 raise SystemExit(
                     f"{path.name} is of context-parallel rank {context}, which has a part of each "
@@ -59,22 +65,45 @@ def archives(folder: Path) -> dict[int, list[Path]]:
             found[rank].append((last, path))
     if not found or sorted(found) != list(range(len(found))):
         raise SystemExit(
-            f"{folder} has archives of the ranks {sorted(found)}; expected cp0_dp0__*.tar and one "
-            "series for each further rank: fetch all of them"
+            f"{folder} has archives of the ranks {sorted(found)}; expected dp0__*.tar or "
+            "cp0_dp0__*.tar, and one series for each further rank: fetch all of them"
         )
     return {rank: [path for _, path in sorted(paths)] for rank, paths in found.items()}
 
 
 def iterations(paths: list[Path]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number and the tensors of each iteration of one rank."""
+    """Yield the number of each iteration of one rank, and its tensors, a list per name."""
     for path in paths:
+        saver: dict[str, Any] = {}
         with tarfile.open(path) as archive:
             for member in archive:
-                if match := MEMBER.fullmatch(member.name):
-                    packed = archive.extractfile(member)
-                    assert packed is not None
-                    data = zstandard.ZstdDecompressor().decompress(packed.read())
-                    yield int(match[1]), torch.load(io.BytesIO(data), weights_only=True)
+                match = MEMBER.fullmatch(member.name)
+                if match is None and member.name != META:
+                    continue
+                packed = archive.extractfile(member)
+                assert packed is not None
+                if match is None:
+                    saver = json.loads(packed.read()).get("saver", {})
+                    continue
+                data = zstandard.ZstdDecompressor().decompress(packed.read())
+                tensors = torch.load(io.BytesIO(data), weights_only=True)
+                yield int(match[1]), microbatches(tensors, saver, f"{path.name}, {member.name}")
+
+
+def microbatches(tensors: dict[str, Any], saver: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the tensors of an iteration in layout 1: lists with one tensor per microbatch."""
+    version, size = tensors.get("format_version", 1), saver.get("mbs_save")
+    if version == 1:
+        return tensors
+    parallel = tensors.get("cu_seqlens_padded") is not None and saver.get("cp_size_save", 1) > 1
+    if version != 2 or not isinstance(size, int) or size < 1 or parallel:
+        raise SystemExit(
+            f"{where} has format_version {version} and was saved with {saver}; expected version 1, "
+            "or 2 with mbs_save in _meta.json and without packed sequences under context "
+            "parallelism. Save the logits in one of these layouts"
+        )
+    names = ("values", "indices_low", "bit_17")
+    return {name: tensors[name].split(size, dim=1) for name in names}
 
 
 def samples(ranks: dict[int, list[Path]]) -> Iterator[tuple[list[Any], list[Any]]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -40,15 +41,22 @@ def write_archives(folder: Path, texts: list[torch.Tensor]) -> Path:
             for microbatch in range(MICROBATCHES):
                 at = number * PER_ITERATION + microbatch * RANKS * BATCH + rank * BATCH
                 own.append(packed(texts[at : at + BATCH], nucleus=3))
-            buffer = io.BytesIO()
-            torch.save({name: [part[name] for part in own] for name in own[0]}, buffer)
-            data = zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
-            with tarfile.open(folder / f"cp0_dp{rank}__{number + 9}.tar", "w") as archive:
-                for name, content in (("_meta.json", b"{}"), (f"{number + 9}.pt.zst", data)):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
+            tensors = {name: [part[name] for part in own] for name in own[0]}
+            path = folder / f"cp0_dp{rank}__{number + 9}.tar"
+            write_archive(path, f"{number + 9}.pt.zst", tensors)
     return folder
+
+
+def write_archive(path: Path, member: str, tensors: dict[str, Any], **saver: int) -> None:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    data = zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
+    meta = json.dumps({"saver": saver}).encode()
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("_meta.json", meta), (member, data)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
 
 
 def convert(*words: object) -> subprocess.CompletedProcess[str]:
@@ -89,4 +97,24 @@ def test_a_folder_of_other_archives_is_refused(name, tmp_path):
     (tmp_path / "logits").mkdir()
     (tmp_path / "logits" / name).write_bytes(b"")
     done = convert(tmp_path / "logits", "--tokens", "x", "--out", tmp_path / "out")
-    assert "expected cp0_dp0__*.tar" in done.stderr
+    assert "expected dp0__*.tar or cp0_dp0__*.tar" in done.stderr
+
+
+@pytest.mark.parametrize("names", ["dp{}__{}.tar", "dp{}__{}-9.tar"])
+def test_both_layouts_give_the_same_samples(names, tmp_path):
+    """In layout 2 a rank's microbatches are one tensor, and _meta.json has their size."""
+    script = runpy.run_path(str(SCRIPT))
+    folder = write_archives(tmp_path / "lists", sequences(2 * PER_ITERATION))
+    expected = list(script["samples"](script["archives"](folder)))
+    assert len(expected) == 2 * PER_ITERATION
+    (tmp_path / "tensors").mkdir()
+    for path in folder.iterdir():
+        ((number, tensors),) = script["iterations"]([path])
+        whole: dict[str, Any] = {name: torch.cat(parts, 1) for name, parts in tensors.items()}
+        rank = path.name[6]
+        joined = tmp_path / "tensors" / names.format(rank, number)
+        write_archive(joined, f"{number}.pt.zst", whole | {"format_version": 2}, mbs_save=BATCH)
+    assert list(script["samples"](script["archives"](tmp_path / "tensors"))) == expected
+    write_archive(joined, f"{number}-9.pt.zst", whole | {"format_version": 3}, mbs_save=BATCH)
+    with pytest.raises(SystemExit, match=r"format_version 3 .* expected version 1, or 2"):
+        list(script["samples"](script["archives"](tmp_path / "tensors")))
