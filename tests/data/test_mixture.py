@@ -342,7 +342,7 @@ def test_a_mixture_knows_caches_and_weights_by_its_fingerprint(three):
     assert len(set(found)) == len(found)
     assert fingerprint(three, [0.5, 0.25, 0.25]) == found[2]
     dataset = CacheDataset(three[:2], weights=[0.25, 0.75])
-    assert "0.25 x teacher 0 (float32), 0.75 x teacher 1" in repr(dataset)
+    assert "teacher 0.25 x teacher 0, 0.75 x teacher 1 (float32))" in repr(dataset)
 
 
 # -- rounds ----------------------------------------------------------------------------------------
@@ -468,6 +468,12 @@ def test_a_cache_named_twice_is_refused(three, tmp_path):
             CacheDataset([three[0], three[1], other])
     again = make_cache(tmp_path / "again", 0, seed=5)  # another draw of the same teacher
     assert CacheDataset([three[0], again]).teachers_per_window == 2
+
+
+def test_caches_of_one_identity_and_other_text_are_refused_for_their_text(three, tmp_path):
+    other = make_cache(tmp_path / "other", 0, change=other_text)
+    with pytest.raises(IdentityMismatchError, match="window 0 differs in its text"):
+        CacheDataset([three[0], other])
 
 
 def test_text_that_differs_in_one_window_is_found_when_it_is_read(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -102,6 +103,31 @@ def test_an_average_of_drafters_has_their_draft_vocabulary(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_an_average_of_adapters_is_the_mean_of_the_models_that_they_make(tmp_path):
+    base = saved(tmp_path / "base", tiny_llama(0))
+    folders, expected = [], []
+    for number, alpha in enumerate((2, 16)):
+        torch.manual_seed(number)
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base),
+            LoraConfig(
+                r=2,
+                lora_alpha=alpha,
+                target_modules=["q_proj", "down_proj"],
+                init_lora_weights=False,
+            ),
+        )
+        folders.append(tmp_path / f"adapter-{number}")
+        adapted.save_pretrained(folders[-1])
+        expected.append(adapted.merge_and_unload().state_dict())
+    average_checkpoints([*folders, base], tmp_path / "mean")
+    expected.append(AutoModelForCausalLM.from_pretrained(base).state_dict())
+    mean = AutoModelForCausalLM.from_pretrained(tmp_path / "mean").state_dict()
+    assert mean.keys() == expected[0].keys()
+    for name, found in mean.items():
+        torch.testing.assert_close(found, sum(each[name] for each in expected) / 3)
+
+
 def test_two_models_are_in_memory(tmp_path, monkeypatch):
     """No earlier checkpoint is alive when the next one is loaded."""
     folders = [saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(4)]
@@ -123,6 +149,8 @@ def test_what_is_no_average_is_refused(tmp_path):
     one, other = (saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(2))
     wide = saved(tmp_path / "wide", tiny_llama(2, intermediate_size=96))
     deep = saved(tmp_path / "deep", tiny_llama(3, num_hidden_layers=3))
+    heads = saved(tmp_path / "heads", tiny_llama(5, num_attention_heads=2, num_key_value_heads=1))
+    norms = saved(tmp_path / "norms", tiny_llama(6, rms_norm_eps=1e-2))
     spoilt = tiny_llama(4)
     with torch.no_grad():
         spoilt.lm_head.weight[3, 3] = float("nan")
@@ -132,6 +160,16 @@ def test_what_is_no_average_is_refused(tmp_path):
         ([one, other, one], InvalidArgumentError, "have the same weights"),
         ([one, wide], InvalidArgumentError, r"down_proj.weight: shape \(32, 64\) .* \(32, 96\)"),
         ([one, deep], InvalidArgumentError, "weight .*layers.2.*: missing in"),
+        (
+            [one, heads],
+            InvalidArgumentError,
+            r"config.json has (head_dim|num_\w+) \d+ in .* and \d+ in",
+        ),
+        (
+            [one, norms],
+            InvalidArgumentError,
+            r"config.json has rms_norm_eps 1e-06 in .* and 0.01 in",
+        ),
         ([one, tmp_path / "none"], SparseLogitsError, "none"),
         ([one, saved(tmp_path / "nan", spoilt)], TeacherError, "not finite"),
     ):

@@ -152,15 +152,19 @@ def test_a_checkpoint_of_other_weights_is_refused(cache, second_cache, tmp_path)
         train([0.5, 0.5], str(tmp_path / "checkpoint-2"))
 
 
-def test_mixtures_are_named_on_the_command_line(cache, second_cache, tmp_path):
+@pytest.mark.parametrize("weights", ["0.12345678,0.87654322", "1,0"])
+def test_mixtures_are_named_on_the_command_line(weights, cache, second_cache, tmp_path):
+    """The command that is printed next has the same weights, without a teacher that is not used."""
     out = tmp_path / "run"
-    words = ["train", "--cache", str(cache), "--cache", str(second_cache), "--weights", "0.7,0.3"]
+    words = ["train", "--cache", str(cache), "--cache", str(second_cache), "--weights", weights]
     words += ["--student-config", "layers=1,width=16,heads=2", "--out", str(out), "--device", "cpu"]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert f"eval {out} --cache {cache} --cache {second_cache}" in done.output
+    used = f"--cache {second_cache} --weights {weights} " if weights != "1,0" else ""
+    assert f"eval {out} --cache {cache} {used}" in done.output.replace("\n", " ")
+    assert ("--weights" in done.output.partition("Next:")[2]) == bool(used)
     assert (out / "model" / "tokenizer.json").exists()  # that of the first cache
-    assert "0.7" in (out / "recipe.json").read_text()
+    assert str(float(weights.partition(",")[0])) in (out / "recipe.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,12 +187,21 @@ def train(
         tokens = planned[0].tokens if planned else None
         results().print(_summary(loaded, result, tokens))
         named = [] if loaded.teacher is None else ["--teacher", loaded.teacher]
-        caches = [word for cache in loaded.caches for word in ("--cache", cache)]
-        if loaded.weights and isinstance(loaded.weights[0], float | int):
-            caches += ["--weights", ",".join(f"{weight:g}" for weight in loaded.weights)]
+        shares = [own for own in loaded.weights or () if isinstance(own, float | int)]
+        caches = _with_shares(loaded.caches, shares)
         if loaded.draft_vocabulary is not None:
             named += ["--draft-vocabulary", str(loaded.draft_vocabulary)]
         print_next("eval", result.out, *caches, *_heldout(loaded), *named)
+
+
+def _with_shares(caches: Sequence[Path | str], shares: Sequence[float]) -> list[Path | str]:
+    """Return the options of `eval` for caches, without those whose teacher has the weight 0."""
+    used = list(zip(caches, shares, strict=True)) if shares else [(own, 1.0) for own in caches]
+    used = [(cache, share) for cache, share in used if share > 0]
+    words: list[Path | str] = [word for cache, _ in used for word in ("--cache", cache)]
+    if shares and len(used) > 1:
+        words += ["--weights", ",".join(f"{share:.12g}" for _, share in used)]
+    return words
 
 
 def _heldout(recipe: Recipe) -> list[str]:

@@ -27,6 +27,7 @@ from sparselogits.store import Cache, WindowRecord
 from sparselogits.store.ranges import joined, ranges_in_words, spread
 from sparselogits.store.texts import named_texts
 from sparselogits.untrusted import shown
+from sparselogits.wording import counted
 
 Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Literal["best"]
 """Weights of several teachers: one number per teacher, or one row of such numbers per text or per
@@ -70,6 +71,8 @@ class Mixture:
         """
         first = caches[0]
         for index, cache in enumerate(caches[1:], 1):
+            _require_same_settings(first, cache)
+            _require_same_text(first, cache)  # the text is no part of the identity
             for other in caches[:index]:
                 if other.identity.fingerprint == cache.identity.fingerprint:
                     raise InvalidArgumentError(
@@ -77,8 +80,6 @@ class Mixture:
                         "contain the same targets; give each cache once. Two caches of one teacher "
                         "can be mixed if they were built with different seeds (--seed)"
                     )
-            _require_same_settings(first, cache)
-            _require_same_text(first, cache)
         rows, starts = _weights_of(caches, weights)
         return cls(tuple(caches), rows, starts)
 
@@ -93,7 +94,7 @@ class Mixture:
             weighted = {"rows": self.rows, "starts": self.starts}
             if len(self.rows) > _SHOWN_ROWS:
                 weighted = _sha256(weighted)
-        names = [identity.teacher_in_words() for identity in identities]
+        names = [str(identity.teacher.get("name")) for identity in identities]
         if self.rows is not None and len(self.rows) == 1:
             names = [f"{w:g} x {name}" for w, name in zip(self.rows[0], names, strict=True)]
         made_from = {"caches": [one.fingerprint for one in identities], "weighted": weighted}
@@ -234,9 +235,9 @@ def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
     if rows == len(cache):
         return tuple(i for start, stop in cache.ranges for i in range(start, stop))
     raise InvalidArgumentError(
-        f"weights have {rows} rows; give {len(texts)} rows, one per text of the cache at "
-        f"{cache.root} in the order in which the texts were added, or {len(cache)} rows, one per "
-        "window"
+        f"weights have {counted(rows, 'row')}; give {counted(len(texts), 'row')}, one per text of "
+        f"the cache at {cache.root} in the order in which the texts were added, or "
+        f"{counted(len(cache), 'row')}, one per window"
     )
 
 
@@ -299,8 +300,8 @@ def _require_same_text(one: Cache, other: Cache) -> None:
     if here != there:
         raise IdentityMismatchError(
             f"these caches cannot be mixed: {one.root} has the windows {ranges_in_words(here)}, "
-            f"but {other.root} has {ranges_in_words(there)}. Build the missing windows with "
-            "`sparselogits cache`, which resumes a build"
+            f"but {other.root} has {ranges_in_words(there)}. Build both caches from the same text; "
+            "if windows are missing, `sparselogits cache` resumes a build"
         )
     for i in spread(len(one), _COMPARED_WINDOWS):
         _require_same_window(one, one.read(i), other, other.read(i))

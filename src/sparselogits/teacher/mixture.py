@@ -103,5 +103,6 @@ def require_shares(weights: Sequence[float]) -> None:
     """Validate that weights are positive and sum to 1. Raises InvalidArgumentError."""
     if not all(w > 0 for w in weights) or abs(math.fsum(weights) - 1) > 1e-6:
         raise InvalidArgumentError(
-            f"found the weights {list(weights)}; give positive numbers whose sum is 1"
+            f"found the weights {list(weights)}; give positive numbers whose sum is 1, and leave "
+            "out a teacher with the weight 0"
         )

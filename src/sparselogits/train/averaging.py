@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparselogits.data.draft import vocabulary_of
 from sparselogits.errors import InvalidArgumentError, TeacherError
 from sparselogits.files import require_new_folder, whole_folder
-from sparselogits.identity import label_of
+from sparselogits.identity import differing_fields, label_of
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import (
@@ -22,6 +22,10 @@ from sparselogits.teacher.loading import (
     require_dtype,
 )
 from sparselogits.train.student import require_finite_weights
+from sparselogits.untrusted import shown
+
+_OF_THE_FILE = {"dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
+"""Names in config.json that say how a model is stored or used, not what it computes."""
 
 
 def average_checkpoints(
@@ -35,7 +39,9 @@ def average_checkpoints(
 
     The mean is computed in float32 by torch's `AveragedModel`; two models are in memory at a time.
 
-    The average of drafters has the draft vocabulary of the drafters. The folder also contains a
+    Adapters are merged into their base models before, since the mean of the matrices of an adapter
+    is not the mean of the weights. The average of drafters has the draft vocabulary of the
+    drafters. The folder also contains a
     model card, and the first tokenizer that a checkpoint has, if any.
 
     Args:
@@ -50,7 +56,8 @@ def average_checkpoints(
 
     Raises:
         InvalidArgumentError: If there are fewer than two checkpoints, two have identical files, the
-            weights differ in names or shapes, the draft vocabularies differ, or `out` is not empty.
+            weights differ in names or shapes, the configurations differ in what the model computes,
+            the draft vocabularies differ, or `out` is not empty.
         TeacherError: If a checkpoint cannot be loaded or has weights that are not finite, or
             `dtype` is unknown.
         StorageError: If the folder cannot be written; an incomplete folder is removed.
@@ -79,13 +86,15 @@ def average_checkpoints(
             )
     model = load_language_model(names[0])  # in the number format of its files
     saved = next(model.parameters()).dtype if dtype == "auto" else DTYPES[dtype]
-    averaged: Any = AveragedModel(model.float())  # copies the model
+    model = _without_adapter(model.float())
+    averaged: Any = AveragedModel(model)  # copies the model
     for done, name in enumerate(names, 1):
         if done > 1:
             del model  # before the next one is loaded, so that only two models are in memory
-            model = load_language_model(name, dtype="float32")
+            model = _without_adapter(load_language_model(name, dtype="float32"))
         require_finite_weights(model, f"the checkpoint at {name}")
         _require_same_shapes(averaged.module, model, names[0], name)
+        _require_same_settings(averaged.module, model, names[0], name)
         averaged.update_parameters(model)
         if progress is not None:
             progress(done, len(names))
@@ -118,6 +127,29 @@ def _require_same_shapes(one: nn.Module, other: nn.Module, here: str, there: str
                 f"weight {name}: {described[0]}, {described[1]}; average checkpoints of the same "
                 "architecture"
             )
+
+
+def _require_same_settings(one: Any, other: Any, here: str, there: str) -> None:
+    """Validate that equal weights mean the same in both models: heads, norms, positions."""
+    found_here, found_there = (
+        {name: value for name, value in model.config.to_dict().items() if not _ignored(name)}
+        for model in (one, other)
+    )
+    for name, found, expected in differing_fields(found_here, found_there):
+        raise InvalidArgumentError(
+            f"config.json has {name} {shown(found)} in {here} and {shown(expected)} in {there}, so "
+            "equal weights compute different functions; average checkpoints of one configuration"
+        )
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith("_") or name.endswith("token_id") or name in _OF_THE_FILE
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """Return a model with its adapter merged into the weights; other models are returned as is."""
+    merge: Any = getattr(model, "merge_and_unload", None)
+    return model if merge is None else merge()
 
 
 def _card(names: Sequence[str]) -> str:
