@@ -25,6 +25,9 @@ from sparselogits.untrusted import printable, shown
 CAUSAL_FORMAT, MASKED_FORMAT = 1, 2
 """Versions of the directory and shard layout: without and with corrupted inputs."""
 
+LARGEST_VOCABULARY = 1 << 24
+"""Largest allowed vocabulary size."""
+
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SNAPSHOT = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+?)/snapshots/")
 _FIELD_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {

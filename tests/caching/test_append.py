@@ -185,12 +185,14 @@ def test_a_shard_has_at_least_one_window():
         shard_ranges(10, 0)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"source": null}', '{"source": ["a"]}'])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", '{"source": null}', '{"source": ["a"]}', '{"source": {"fingerprint": 3}}']
+)
 def test_a_packed_text_whose_description_names_no_text_is_reported(content, tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(TEXTS[0])
     (tmp_path / "cache" / "corpus").mkdir(parents=True)
     (tmp_path / "cache" / "corpus" / "corpus.json").write_text(content)
     source, packing = open_source(tmp_path / "a.txt"), packing_for(tokenizer, window_length=16)
     for append in (False, True):
-        with pytest.raises(CorpusError, match=r"corpus\.json does not describe a text"):
+        with pytest.raises(CorpusError, match=r"corpus\.json is damaged .* expected a JSON object"):
             place_of_text(tmp_path / "cache", source, packing, append=append)

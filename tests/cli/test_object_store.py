@@ -116,10 +116,11 @@ def test_a_text_without_its_index_is_not_fetched(tmp_path, s3):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{}", r"corpus\.json is damaged: expected .* with an object `source`\. Delete it"),
-        (b"[]", r"corpus\.json is damaged: expected a JSON object"),
-        (b'{"source": "x"}', r"is damaged: expected .* with an object `source`"),
-        (b"{", r"corpus\.json cannot be read as JSON .*\. Delete it, then start the same"),
+        (b"{}", r"corpus\.json is damaged \(found {}\); expected .* in `source`\. Delete it"),
+        (b"[]", r"corpus\.json is damaged \(found \[\]\); expected a JSON object"),
+        (b'{"source": "x"}', r"is damaged .*; expected .* in `source`\. Delete it"),
+        (b'{"source": {}}', r"is damaged .*; expected .* in `source`\. Delete it"),
+        (b"{", r"corpus\.json is damaged .*\. Delete it, then start the same"),
     ],
 )
 def test_a_damaged_description_of_a_text_is_named(tmp_path, content, message):
@@ -132,7 +133,7 @@ def test_a_damaged_description_of_a_text_is_named(tmp_path, content, message):
 def test_a_damaged_description_is_not_uploaded(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/corpus.json").write_bytes(b"{}")
-    with pytest.raises(CorpusError, match=r"corpus\.json is damaged: .* pack the text again"):
+    with pytest.raises(CorpusError, match=r"corpus\.json is damaged .* pack the text again"):
         publish_text(f"memory://{tmp_path.name}/upload", tmp_path / "corpus")
 
 

@@ -147,6 +147,14 @@ def test_parts_of_an_unknown_text_are_not_taken_for_this_one(tmp_path):
     assert (paths.training / "part-00000000.parquet").exists()
 
 
+def test_a_damaged_description_is_reported(tmp_path):
+    paths = Paths(tmp_path / "out")
+    paths.folder.mkdir()
+    paths.made_from.write_text('{"source": 3}')
+    with pytest.raises(CorpusError, match=r"corpus\.json is damaged .*\. Delete .*out and pack"):
+        take(paths.folder, A)
+
+
 def test_without_locks_a_claim_is_never_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr("sparselogits.locks.fcntl", None)
     take(tmp_path / "out", A)

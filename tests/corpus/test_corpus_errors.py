@@ -193,7 +193,9 @@ def test_an_output_folder_in_use(tokenizer, tmp_path):
         (lambda out: (out / "index.json").unlink(), "not finished; pack the text again to resume"),
         (lambda out: (out / "index.json").write_text("{"), "cannot be read"),
         (lambda out: (out / "corpus.json").unlink(), "contains no packed corpus"),
-        (lambda out: (out / "corpus.json").write_text('{"format":99}'), "has format 99"),
+        (lambda out: edit(out / "corpus.json", format=99), "has format 99"),
+        (lambda out: edit(out / "corpus.json", vocab_size="x"), "vocab_size is 'x', expected an"),
+        (lambda out: edit(out / "corpus.json", vocab_size=2**60), "vocab_size is 115"),
         (lambda out: flip(out / "training/part-00000000.parquet"), "part-00000000.parquet is dam"),
         (lambda out: (out / "training/part-00000000.parquet").unlink(), "parquet is damaged"),
         (lambda out: (out / "training/part-00000000.parquet").write_bytes(b""), "is damaged"),
@@ -205,6 +207,11 @@ def test_an_output_folder_in_use(tokenizer, tmp_path):
         (lambda out: flip(out / "frequencies.parquet"), "frequencies.parquet is damaged"),
         (lambda out: write_frequencies(out, [1, 2]), r"found int64 \[2\], expected int64 \["),
         (lambda out: write_frequencies(out, ["a"]), r"found object \[1\], expected int64 \["),
+        (
+            lambda out: write_frequencies(out, [0] * 10**6),
+            "has 1000000 rows of 1 columns, expected",
+        ),
+        (lambda out: claim_bytes(out / "frequencies.parquet"), "a page claims 268435456 bytes"),
     ],
 )
 def test_damage_on_disk(tokenizer, tmp_path, damage, message):
@@ -229,6 +236,18 @@ def write_part(out: Path, *columns: list[int | bool | None]) -> None:
 
 def write_frequencies(out: Path, counts: list[int] | list[str]) -> None:
     pq.write_table(pa.table({"count": counts}), out / "frequencies.parquet")
+
+
+def edit(path: Path, **values: object) -> None:
+    """Replace values of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def claim_bytes(path: Path) -> None:
+    """Insert before the first page a header of a dictionary that claims 2**28 bytes for one."""
+    header = b"\x15\x04\x15\x80\x80\x80\x80\x02\x15\x02\x4c\x15\x02\x15\x00\x00\x00"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + header + content[4:])
 
 
 def claim_compressed(out: Path) -> None:

@@ -225,6 +225,23 @@ def swap_table(out: Path) -> None:
     pq.write_table(table.slice(1), path)
 
 
+def omit_tokens(out: Path) -> None:
+    """Replace the numbers of tokens in a document table by null."""
+    path = out / "holdout/part-00000000.parquet"
+    table = pq.read_table(path)
+    nulls = pa.nulls(len(table), pa.int64())
+    table = table.set_column(1, "tokens", nulls)
+    pq.write_table(table, path, store_schema=False, use_dictionary=False)
+
+
+def claim_bytes(out: Path) -> None:
+    """Insert before a table's first page a header that claims 2**28 bytes for one."""
+    path = out / "holdout/part-00000000.parquet"
+    header = b"\x15\x00\x15\x80\x80\x80\x80\x02\x15\x02\x2c\x15\x02\x15\x00\x00\x00"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + header + content[4:])
+
+
 def forge(out: Path, **changes: object) -> None:
     index = json.loads((out / "index.json").read_text())
     index["holdout"].update(changes)
@@ -238,6 +255,7 @@ def forge(out: Path, **changes: object) -> None:
         lambda out: (out / "holdout/part-00000000.parquet").write_bytes(b"PAR1"),
         lambda out: pq.write_table(pa.table({"key": [1]}), out / "holdout/part-00000000.parquet"),
         swap_table,
+        omit_tokens,
         lambda out: forge(out, rule="guess"),
         lambda out: forge(out, held=[1]),
         lambda out: forge(out, held=None),
@@ -259,3 +277,17 @@ def test_damage_is_named(tokenizer, tmp_path, stories, damage):
     with pytest.raises(CorpusError, match=r"damaged|cannot be read"):  # noqa: PT012
         corpus = PackedCorpus.open(out)
         corpus.read(0, corpus.windows)
+
+
+def test_sizes_that_a_document_table_claims_are_limited(tokenizer, tmp_path, stories):
+    path = write_lines(tmp_path / "a.jsonl", ({"text": text} for text in stories))
+    made = pack(
+        open_source(path),
+        tokenizer,
+        Packing(64, 0, None, holdout=0.2),
+        tmp_path / "out",
+        vocab_size=600,
+    )
+    claim_bytes(tmp_path / "out")
+    with pytest.raises(CorpusError, match="a page claims 268435456 bytes"):
+        made.read(0, made.windows)

@@ -221,6 +221,18 @@ def test_other_text_is_an_error(tokenizer, tmp_path):
         DocumentLabels(corpus, plain, "source", tokenizer=tokenizer)
 
 
+def test_a_text_that_does_not_state_how_it_was_read(tokenizer, tmp_path):
+    data = write_lines(tmp_path / "rows.jsonl", [{"text": "words " * 30, "source": "a"}] * 3)
+    corpus = packed(data, tokenizer, tmp_path / "packed", window_length=8)
+    path = corpus.folder / "corpus.json"
+    made_from = json.loads(path.read_text())
+    # as in a retokenized cache
+    made_from["source"] = {key: made_from["source"][key] for key in ("name", "fingerprint")}
+    path.write_text(json.dumps(made_from))
+    with pytest.raises(CorpusError, match=r"does not state how its text was read.* retokenized"):
+        DocumentLabels(corpus, data, "source", tokenizer=tokenizer)
+
+
 def test_a_change_that_the_fingerprint_misses_is_an_error(tokenizer, tmp_path):
     data = write_lines(tmp_path / "rows.jsonl", [{"text": "words " * 30, "source": "a"}] * 3)
     corpus = packed(data, tokenizer, tmp_path / "packed", window_length=8)

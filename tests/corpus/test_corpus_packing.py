@@ -121,6 +121,8 @@ def test_any_range_is_read_alike(tokenizer, tmp_path, stories):
     for start, stop in [(0, corpus.windows + 1), (-1, 1), (2, 1)]:
         with pytest.raises(InvalidArgumentError, match=r"give a range within 0:"):
             corpus.read(start, stop)
+        with pytest.raises(InvalidArgumentError, match=r"give a range within 0:"):
+            corpus.ranges(start, stop)
     with pytest.raises(InvalidArgumentError, match=r"give a range within 0:0"):
         corpus.read_holdout(0, 1)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.corpus.claims import claimed
-from sparselogits.corpus.packed import Paths, public_source, read_corpus_json
+from sparselogits.corpus.packed import Paths, parse_description, public_source, read_description
 from sparselogits.corpus.streams import is_part_name
 from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.files import user_cache, write_whole
@@ -24,7 +24,6 @@ from sparselogits.locks import Held, lock_file
 from sparselogits.store.storage.interface import Storage
 from sparselogits.store.storage.location import Location, is_url, storage_at
 from sparselogits.store.tools.push import require_unlinked
-from sparselogits.untrusted import parse_json
 
 CORPUS = "corpus"
 """Name of the first text's folder, and prefix of the names of the other texts' folders."""
@@ -123,31 +122,20 @@ def _remote_description(storage: Storage, text: str) -> dict[str, Any] | None:
     name = f"{text}/{Paths(Path(text)).made_from.name}"
     where, again = f"{storage.location}/{name}", "Delete it, then start the same command again"
     try:
-        return _public(parse_json(storage.read(name)), where, again)
+        data = storage.read(name)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise CorpusError(f"{where} cannot be read as JSON ({error}). {again}") from error
+    return _public(parse_description(data, where, again))
 
 
-def _public(description: Any, where: Path | str, again: str) -> dict[str, Any]:
-    """Return the content of a `corpus.json` without local paths; raise CorpusError if damaged.
-
-    `where` is the name of the file, and `again` the advice for a damaged one.
-    """
-    source = description.get("source") if isinstance(description, dict) else None
-    if not isinstance(source, dict):
-        raise CorpusError(
-            f"{where} is damaged: expected a JSON object that describes a packed text, with an "
-            f"object `source`. {again}"
-        )
-    return {**description, "source": public_source(source)}
+def _public(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a `corpus.json` without local paths."""
+    return {**description, "source": public_source(description["source"])}
 
 
 def _local_description(paths: Paths) -> dict[str, Any]:
-    """Return the content of the local `corpus.json`; see `_public`."""
-    again = f"Delete {paths.folder} and pack the text again"
-    return _public(read_corpus_json(paths.made_from), paths.made_from, again)
+    """Return the content of the local `corpus.json` without local paths."""
+    return _public(read_description(paths.made_from))
 
 
 def _has_text(paths: Paths, description: dict[str, Any]) -> bool:

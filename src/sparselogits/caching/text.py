@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from sparselogits.corpus import PackedCorpus, Packing, Source, Window, fingerprint
 from sparselogits.corpus.claims import is_abandoned
-from sparselogits.corpus.packed import Paths, read_corpus_json
+from sparselogits.corpus.packed import Paths, read_description
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.files import is_clutter
 from sparselogits.identity import differing_fields
@@ -124,15 +124,7 @@ def _begun_with(folder: Path) -> str | None:
     Raises CorpusError if `corpus.json` is damaged.
     """
     made_from = Paths(folder).made_from
-    if not made_from.exists():
-        return None
-    try:
-        return str(read_corpus_json(made_from)["source"]["fingerprint"])
-    except (KeyError, TypeError) as error:
-        raise CorpusError(
-            f"{made_from} does not describe a text ({error}); restore the file from a copy, or "
-            f"delete {folder} to pack the text again"
-        ) from error
+    return str(read_description(made_from)["source"]["fingerprint"]) if made_from.exists() else None
 
 
 def windows_of_texts(cache: Path) -> int | None:

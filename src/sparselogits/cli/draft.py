@@ -47,6 +47,12 @@ def draft_vocabulary(
             f"the cache at {cache} has no finished shard yet; run `sparselogits cache` to build it"
         )
     corpora = [PackedCorpus.open(folder) for folder in packed_texts(fetch_texts(cache))]
+    vocab_size = opened.identity.vocab_size
+    if any(corpus.vocab_size != vocab_size for corpus in corpora):
+        raise CacheError(
+            f"the packed text of the cache at {cache} was made for another vocabulary than the "
+            f"{vocab_size} ids of the targets: the files are of different caches. Restore them"
+        )
     if by == "text" and not corpora:
         raise InvalidArgumentError(
             f"the cache at {cache} has no packed text with token frequencies; use --by teacher"

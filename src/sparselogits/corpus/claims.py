@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sparselogits.corpus.packed import FORMAT_VERSIONS, Paths, read_corpus_json
+from sparselogits.corpus.packed import FORMAT_VERSIONS, Paths, read_description
 from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.files import TEMPORARY_PREFIX, is_clutter, write_whole
 from sparselogits.identity import canonical_json, differing_fields
@@ -124,11 +124,11 @@ def _require_corpus_or_empty(paths: Paths) -> None:
 
 def _differences(paths: Paths, made_from: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (field, stored value, given value) for each difference that prevents packing."""
-    stored, ignored = read_corpus_json(paths.made_from), {"source.name"}
+    stored, ignored = read_description(paths.made_from), {"source.name"}
     if paths.index.exists():
         ignored.add("part_bytes")
         if stored.get("format") in FORMAT_VERSIONS:
             ignored.add("format")  # a finished corpus is read in either format
-    if "chat_template" not in stored.get("source", {}):
+    if "chat_template" not in stored["source"]:
         ignored.add("source.chat_template")  # the packed text contains no conversation
     return [field for field in differing_fields(stored, made_from) if field[0] not in ignored]

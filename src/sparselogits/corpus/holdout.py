@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.streams import (
-    PartError,
     Tokens,
     TokenStream,
     damaged,
     open_part,
     part_name,
+    read_group,
     running_sums,
     writing_parquet,
 )
@@ -365,15 +365,16 @@ def _rows(tables: Path, part: int, length: int) -> Iterator[tuple[NDArray[Any], 
                     for schema in (file.schema_arrow, _SCHEMA)
                 )
                 raise damaged(path, f"it has the columns {has}, expected {expected}")
-            for batch in file.iter_batches(_ROWS):
-                columns = tuple(column.to_numpy(zero_copy_only=False) for column in batch.columns)
+            for group in range(file.num_row_groups):
+                table = read_group(path, file, group, _ROWS)
+                columns = tuple(column.to_numpy() for column in table.columns)
                 if not len(columns[1]):
                     continue
                 if columns[1].min() < 0:
                     raise damaged(path, "a document has a negative number of tokens")
                 found += int(columns[1].sum())
                 yield columns
-    except (OSError, pa.ArrowException, PartError) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise damaged(path, error) from error
     if found != length:
         raise damaged(path, f"its documents have {found} tokens, the part has {length}")

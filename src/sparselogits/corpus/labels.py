@@ -19,7 +19,7 @@ from sparselogits.corpus.packed import (
     PackedCorpus,
     Paths,
     public_source,
-    read_corpus_json,
+    read_description,
     text_fingerprint,
 )
 from sparselogits.corpus.source import Portion, Source, open_source
@@ -53,7 +53,7 @@ class DocumentLabels:
         IdentityMismatchError: the corpus was packed from other text, with another chat template, or
             from ids of another tokenizer.
         InvalidArgumentError: a file of the text contains no records with named fields.
-        CorpusError: the text or `corpus.json` cannot be read.
+        CorpusError: the text or `corpus.json` cannot be read, or the corpus was retokenized.
     """
 
     def __init__(
@@ -65,8 +65,14 @@ class DocumentLabels:
         tokenizer: Any,
         split: str = "train",
     ) -> None:
-        made_from = read_corpus_json(Paths(corpus.folder).made_from)
-        told = made_from["source"]
+        made_from = read_description(Paths(corpus.folder).made_from)
+        told, part_bytes = made_from["source"], made_from.get("part_bytes")
+        if not {"text_field", "completion_only"} <= told.keys() or type(part_bytes) is not int:
+            raise CorpusError(
+                f"{corpus.folder} does not state how its text was read, so documents cannot be "
+                "found: the cache was retokenized, or corpus.json is damaged. Give the cache that "
+                "was built from the text"
+            )
         rows = told.get("tokens", {}).get("rows")
         source = open_source(
             data,
@@ -89,7 +95,7 @@ class DocumentLabels:
                     "JSON lines, Parquet and datasets have fields"
                 )
         self._corpus, self._source, self._field = corpus, source, field
-        self._part_bytes = int(made_from["part_bytes"])
+        self._part_bytes = max(1, part_bytes)
         self._read: dict[int, tuple[list[str | None], NDArray[np.int64]]] = {}
 
     def of_window(self, index: int) -> list[LabelledRun]:

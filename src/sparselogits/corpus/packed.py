@@ -29,13 +29,20 @@ from sparselogits.corpus.holdout import (
     divide,
     document_counts,
 )
-from sparselogits.corpus.streams import Counts, TokenStream, part_name, read_footer
+from sparselogits.corpus.streams import (
+    Counts,
+    TokenStream,
+    open_part,
+    part_name,
+    read_footer,
+    read_group,
+)
 from sparselogits.corpus.windows import Packing, Window, text_length
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
-from sparselogits.identity import canonical_json, label_of
+from sparselogits.identity import LARGEST_VOCABULARY, canonical_json, label_of
 from sparselogits.objectives import CAUSAL
-from sparselogits.untrusted import read_json
+from sparselogits.untrusted import parse_json, read_json, read_regular, shown
 from sparselogits.wording import counted
 
 FORMAT_VERSIONS = (1, 2)
@@ -46,7 +53,9 @@ of format 1 with a hold-out, documents were held out by their hash alone, and tr
 tokens were two streams.
 """
 _LARGEST_JSON = 1 << 24  # bytes; an index contains the length of each part
+_MOST_VALUES = 1 << 20  # in corpus.json and index.json
 _BLOCK = 1 << 20
+_ROWS = 1 << 20  # number of rows per row group of frequencies.parquet
 
 _Stream = TokenStream | SelectedStream
 
@@ -159,6 +168,11 @@ class PackedCorpus:
         self.text_fingerprint = text_fingerprint(made_from["source"])
         self.tokenizer_fingerprint: str = made_from["tokenizer"]
         self.vocab_size: int = made_from["vocab_size"]
+        if type(self.vocab_size) is not int or not 0 < self.vocab_size <= LARGEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size is {shown(self.vocab_size)}, expected an integer from 1 to "
+                f"{LARGEST_VOCABULARY}"
+            )
         rows = made_from["source"].get("tokens", {}).get("rows")
         self.pads_rows: bool = rows == "windows"
         self.summary = CorpusSummary(**index["summary"])
@@ -190,7 +204,7 @@ class PackedCorpus:
         paths = Paths(Path(path))
         if not paths.made_from.exists():
             raise CorpusError(f"{path} contains no packed corpus; pack text into it first")
-        made_from = read_corpus_json(paths.made_from)
+        made_from = read_description(paths.made_from)
         if made_from.get("format") not in FORMAT_VERSIONS:
             raise CorpusError(
                 f"the packed corpus at {path} has format {made_from.get('format')!r}, but this "
@@ -201,7 +215,13 @@ class PackedCorpus:
                 f"the packed corpus at {path} is not finished; pack the text again to resume"
             )
         try:
-            return cls(paths.folder, made_from, read_corpus_json(paths.index))
+            index = read_json(paths.index, largest=_LARGEST_JSON, most=_MOST_VALUES)
+        except (OSError, ValueError) as error:
+            raise CorpusError(
+                f"{paths.index} cannot be read ({error}); pack the text again"
+            ) from error
+        try:
+            return cls(paths.folder, made_from, index)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorpusError(
                 f"the packed corpus at {path} is damaged: corpus.json or index.json has another "
@@ -262,8 +282,10 @@ class PackedCorpus:
             stop: index after the last requested window, at most `windows`.
 
         Raises:
+            InvalidArgumentError: the range is not within [0, windows].
             CorpusError: a document table is damaged.
         """
+        self._require_range(start, stop, self.windows)
         length = self.packing.window_length
         return list(self._training.ranges(start * length, stop * length))
 
@@ -283,23 +305,31 @@ class PackedCorpus:
         Raises:
             CorpusError: frequencies.parquet is missing or damaged.
         """
-        path = Paths(self.folder).frequencies
+        path, tables, left = Paths(self.folder).frequencies, list[pa.Table](), self.vocab_size
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
-            counts: NDArray[np.int64] = table.column("count").to_numpy()
-            if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
+            # written with pyarrow's defaults, unlike parts
+            with open_part(path, 1 + left // _ROWS, with_schema=True) as file:
+                for group in range(file.num_row_groups):
+                    tables.append(read_group(path, file, group, left, with_dictionaries=True))
+                    left -= len(tables[-1])
+            counts: NDArray[np.int64] = pa.concat_tables(tables).column("count").to_numpy()
+            if counts.dtype != np.int64 or left:
                 found = f"{counts.dtype} [{len(counts)}]"
                 raise ValueError(f"found {found}, expected int64 [{self.vocab_size}]")
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise CorpusError(f"{path} is damaged ({error}); pack the corpus again") from error
         return counts
 
-    def _read(self, stream: _Stream, start: int, stop: int, windows: int) -> list[Window]:
+    def _require_range(self, start: int, stop: int, windows: int) -> None:
+        """Validate that [start, stop) is a range of `windows` windows."""
         if not 0 <= start <= stop <= windows:
             raise InvalidArgumentError(
                 f"{self.folder} does not have the windows {start}:{stop}; give a range within "
                 f"0:{windows}"
             )
+
+    def _read(self, stream: _Stream, start: int, stop: int, windows: int) -> list[Window]:
+        self._require_range(start, stop, windows)
         length = self.packing.window_length
         tokens = stream.read(start * length, stop * length)
         if len(tokens.ids) and not (
@@ -434,20 +464,43 @@ def recorded_vocabulary(folder: Path) -> int | None:
         CorpusError: corpus.json cannot be read.
     """
     made_from = Paths(folder).made_from
-    size = read_corpus_json(made_from).get("vocab_size") if made_from.exists() else None
+    size = read_description(made_from).get("vocab_size") if made_from.exists() else None
     return size if isinstance(size, int) and size > 0 else None
 
 
-def read_corpus_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a packed corpus.
+def read_description(made_from: Path) -> dict[str, Any]:
+    """Return the description of a packed text, from its `corpus.json`.
 
     Raises:
-        CorpusError: the file cannot be read, or does not contain a JSON object.
+        CorpusError: the file cannot be read, or does not describe a text.
+    """
+    again = f"Delete {made_from.parent} and pack the text again"
+    try:
+        data = read_regular(made_from, _LARGEST_JSON)
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{made_from} cannot be read ({error}). {again}") from error
+    return parse_description(data, made_from, again)
+
+
+def parse_description(data: bytes, where: Path | str, again: str) -> dict[str, Any]:
+    """Return the description of a packed text, from the bytes of its `corpus.json`.
+
+    Args:
+        data: bytes of the file.
+        where: path or URL of the file, for the error message.
+        again: advice for a damaged file, for the error message.
+
+    Raises:
+        CorpusError: the bytes are not JSON, or do not describe a text.
     """
     try:
-        value = read_json(path, largest=_LARGEST_JSON, most=1 << 20)
-        if not isinstance(value, dict):
-            raise ValueError(f"a JSON {type(value).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorpusError(f"{path} cannot be read ({error}); pack the corpus again") from error
-    return value
+        value = parse_json(data, largest=_LARGEST_JSON, most=_MOST_VALUES)
+        source = value.get("source") if isinstance(value, dict) else None
+        if not (isinstance(source, dict) and isinstance(source.get("fingerprint"), str)):
+            raise ValueError(f"found {shown(value)}")
+    except ValueError as error:
+        raise CorpusError(
+            f"{where} is damaged ({error}); expected a JSON object that describes a packed text, "
+            f"with a `fingerprint` in `source`. {again}"
+        ) from error
+    return value  # type: ignore[no-any-return]

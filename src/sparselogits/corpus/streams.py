@@ -44,11 +44,11 @@ GROUP_TOKENS = 1 << 14
 """Maximum number of tokens per row group."""
 
 _CACHED_GROUPS = 8
-_LARGEST_COLUMN = 8 * GROUP_TOKENS + 1024  # bytes per row group; a row has at most eight
-_LARGEST_PACKED = _LARGEST_COLUMN + (1 << 14)  # bytes per compressed column
+_MOST_HEADERS = 1 << 14  # bytes by which headers may enlarge a compressed column
 _LARGEST_FREQUENCIES = 1 << 22  # bytes: more than 262 144 ids of 12 bytes in base64
 _MOST_PAGES = 64
-_PLAIN = 0  # number of Parquet's plain encoding
+_PLAIN, _DICTIONARY = 0, (2, 8)  # numbers of Parquet's encodings
+_DICTIONARY_PAGE = 2  # number of the type of page
 _CLOSING = struct.Struct("<I4s")
 _COUNTS_KEY, _FREQUENCIES_KEY = "sparselogits.counts", "sparselogits.frequencies"
 
@@ -299,8 +299,7 @@ class TokenStream:
             if self._file is None or self._file[0] != part:
                 groups = -(-expected // GROUP_TOKENS)
                 self._file = part, open_part(path, groups, extra=_LARGEST_FREQUENCIES)
-            _require_plausible_group(path, self._file[1], group)
-            table = self._file[1].read_row_group(group)
+            table = read_group(path, self._file[1], group)
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             tokens = Tokens(columns["token"], columns["document_start"], columns.get("learnt"))
             dtypes = [str(column.dtype) for column in tokens if column is not None]
@@ -340,10 +339,13 @@ class PartError(ValueError):
     """Raised if a file is not a part of a packed corpus, or claims sizes that no part can have."""
 
 
-def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
+def open_part(
+    path: Path, groups: int, extra: int = 0, *, with_schema: bool = False
+) -> pq.ParquetFile:
     """Open a part, unless its footer is too large for `groups` row groups.
 
-    `extra` is the number of bytes by which key-value metadata may enlarge the footer.
+    `extra` is the number of bytes by which key-value metadata may enlarge the footer, and
+    `with_schema` states whether the footer may contain an Arrow schema.
 
     Raises:
         PartError: the file is not Parquet, or its footer is too large or has an Arrow schema.
@@ -366,7 +368,7 @@ def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
                 f"{allowed:,} and b'PAR1'"
             )
         tail = os.pread(descriptor, footer, size - footer - _CLOSING.size)
-        if b"ARROW:" in tail:
+        if b"ARROW:" in tail and not with_schema:
             raise PartError("its footer contains an Arrow schema, expected none")
     finally:
         os.close(descriptor)
@@ -375,49 +377,87 @@ def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
     )
 
 
-def _require_plausible_group(path: Path, file: pq.ParquetFile, group: int) -> None:
-    """Validate the sizes that the pages of a row group claim, before the pages are decoded."""
+def read_group(
+    path: Path,
+    file: pq.ParquetFile,
+    group: int,
+    rows: int = GROUP_TOKENS,
+    *,
+    with_dictionaries: bool = False,
+) -> pa.Table:
+    """Read a row group, after validating the sizes that its pages claim.
+
+    Args:
+        path: path of the file.
+        file: the opened file; see `open_part`.
+        group: index of the row group.
+        rows: maximum number of rows in the row group.
+        with_dictionaries: whether columns may be encoded by dictionaries.
+
+    Raises:
+        PartError: the row group claims more than `rows` rows of eight columns of eight bytes.
+        OSError: the file cannot be read.
+        pyarrow.ArrowException: the row group is damaged.
+    """
     metadata = file.metadata.row_group(group)
-    if metadata.num_rows > GROUP_TOKENS or metadata.num_columns > 8:
+    if not 0 <= metadata.num_rows <= rows or metadata.num_columns > 8:
         raise PartError(
             f"row group {group} has {metadata.num_rows} rows of {metadata.num_columns} columns, "
-            f"expected at most {GROUP_TOKENS} of 8"
+            f"expected at most {rows} of 8"
         )
+    most = _largest_column(rows) * (1 + with_dictionaries) + _MOST_HEADERS
     descriptor = open_regular(path)
     try:
         for number in range(metadata.num_columns):
             chunk = metadata.column(number)
             size, start = chunk.total_compressed_size, chunk.data_page_offset
-            if chunk.has_dictionary_page or not 0 <= size <= _LARGEST_PACKED:
+            dictionary = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
+            allowed = dictionary is None or (with_dictionaries and 0 < dictionary < start)
+            if not allowed or not 0 <= size <= most:
                 raise PartError(
-                    f"column {number} has {size} bytes (dictionary: {chunk.has_dictionary_page}), "
-                    f"expected at most {_LARGEST_PACKED} (dictionary: False)"
+                    f"column {number} has {size} bytes (dictionary: {dictionary is not None}), "
+                    f"expected at most {most} (dictionary: {with_dictionaries})"
                 )
-            _require_plausible_pages(os.pread(descriptor, size, start))
+            start = start if dictionary is None else dictionary
+            try:
+                _require_plausible_pages(os.pread(descriptor, size, start), rows, with_dictionaries)
+            except (AttributeError, TypeError) as error:  # a field has another type
+                raise PartError(f"column {number} has an invalid page header ({error})") from error
     finally:
         os.close(descriptor)
+    return file.read_row_group(group)
 
 
-def _require_plausible_pages(data: bytes) -> None:
-    at = values = 0
-    for _ in range(_MOST_PAGES):
+def _largest_column(rows: int) -> int:
+    """Return the maximum size in bytes of a column, whose values have at most eight bytes."""
+    return 8 * rows + 1024
+
+
+def _require_plausible_pages(data: bytes, rows: int, with_dictionaries: bool) -> None:
+    """Validate the sizes and encodings that the pages of a column claim; `data` are its bytes."""
+    largest, at, values = _largest_column(rows), 0, 0
+    most = _MOST_PAGES + rows // 1024
+    for _ in range(most):
         reader = CompactReader(data, at)
         header = reader.structure()
         claimed, packed = header.get(2, -1), header.get(3, -1)
-        page = header.get(5, {})
-        values += page.get(1, 0)
+        is_dictionary = with_dictionaries and header.get(1) == _DICTIONARY_PAGE
+        page = header.get(7 if is_dictionary else 5, {})
+        values += 0 if is_dictionary else page.get(1, 0)
+        # other encodings than these claim further sizes within their data
+        encodings = (_PLAIN, *_DICTIONARY) if with_dictionaries else (_PLAIN,)
         if (
-            page.get(2) != _PLAIN  # other encodings claim further sizes within their data
-            or not 0 <= claimed <= _LARGEST_COLUMN
-            or not 0 <= packed <= _LARGEST_PACKED
-            or values > GROUP_TOKENS
+            page.get(2) not in encodings
+            or not 0 <= claimed <= largest
+            or not 0 <= packed <= largest + _MOST_HEADERS
+            or max(values, page.get(1, 0)) > rows
         ):
             raise PartError(
                 f"a page claims {claimed} bytes ({packed} compressed) and {values} values in "
-                f"encoding {page.get(2)}, expected at most {_LARGEST_COLUMN} bytes "
-                f"({_LARGEST_PACKED} compressed) and {GROUP_TOKENS} values in encoding {_PLAIN}"
+                f"encoding {page.get(2)}, expected at most {largest} bytes "
+                f"({largest + _MOST_HEADERS} compressed) and {rows} values in encoding {_PLAIN}"
             )
         at = reader.at + packed
         if at >= len(data):
             return
-    raise PartError(f"a column has too many pages, expected at most {_MOST_PAGES}")
+    raise PartError(f"a column has too many pages, expected at most {most}")

@@ -31,11 +31,10 @@ from torch import Tensor, nn
 from sparselogits.allowances import refuse
 from sparselogits.errors import InvalidArgumentError, reason_of
 from sparselogits.files import write_whole
-from sparselogits.identity import Identity
+from sparselogits.identity import LARGEST_VOCABULARY, Identity
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.progress import Progress
 from sparselogits.store import Cache
-from sparselogits.store.bounds import LARGEST_VOCABULARY
 from sparselogits.store.ranges import spread
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import leads_outside, open_regular, read_regular

@@ -10,16 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparselogits.errors import CacheError, InvalidArgumentError
-from sparselogits.identity import Identity
+from sparselogits.identity import LARGEST_VOCABULARY, Identity
 from sparselogits.samplers import from_parameters
 from sparselogits.samplers.sampler import COUNTS, ROUNDING, THRESHOLD
 from sparselogits.untrusted import shown
 
 LARGEST_CACHE_JSON = 1 << 20
 """Largest allowed size of cache.json in bytes."""
-
-LARGEST_VOCABULARY = 1 << 24
-"""Largest allowed vocabulary size."""
 
 LONGEST_WINDOW = 1 << 20
 """Largest allowed number of tokens per window."""
