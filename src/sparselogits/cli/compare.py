@@ -20,7 +20,6 @@ from sparselogits.cli.options import (
     TrainingDevice,
     print_json,
     print_next,
-    resolve_training_device,
 )
 from sparselogits.console import messages, results, stage, styled
 
@@ -49,7 +48,7 @@ def compare(
     from sparselogits.lab.report import write_report
 
     loaded = load_compare_recipe(recipe, teacher=teacher, data=data, out=out)
-    found = run_comparison(loaded, device=resolve_training_device(device), stage=stage)
+    found = run_comparison(loaded, device=device, stage=stage)
     page = write_report(found, loaded.out)
     for run in found.runs:
         if run.status == "failed":

@@ -33,9 +33,9 @@ from sparselogits.cli.options import (
     parsed_weights,
     print_json,
     print_next,
-    resolve_device,
 )
 from sparselogits.console import results, stage
+from sparselogits.devices import resolve_device
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.wording import counted
 

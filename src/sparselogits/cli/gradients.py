@@ -35,9 +35,9 @@ from sparselogits.cli.options import (
     optional_tokenizer,
     print_json,
     print_next,
-    resolve_device,
 )
 from sparselogits.console import messages, results, stage
+from sparselogits.devices import resolve_device
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.files import require_file_or_nothing, write_whole
 

@@ -11,7 +11,7 @@ import typer
 
 from sparselogits.allowances import ALLOWANCES, allowing
 from sparselogits.console import messages
-from sparselogits.errors import InvalidArgumentError, reason_of
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.methods import BATCH_WINDOWS
 from sparselogits.untrusted import json_text
 
@@ -86,7 +86,7 @@ TrainingDevice = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-"""Option of commands that train, which is a value for `resolve_training_device`."""
+"""Option of commands that train; see `devices.resolve_training_device`."""
 
 Dtype = Annotated[
     str,
@@ -215,44 +215,6 @@ CacheArgument = Annotated[
     str,
     typer.Argument(help="Folder or URL (s3://bucket/prefix) of a cache.", metavar="CACHE"),
 ]
-
-
-def resolve_device(name: str) -> str:
-    """Return the device for a value of `--device`; auto selects CUDA if available, else the CPU.
-
-    Raises InvalidArgumentError if the device is not available.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = reason_of(error).splitlines()[0]
-        raise InvalidArgumentError(
-            f"--device {name} is not available here ({first}); choose auto or cpu, or install a "
-            "build of torch that supports the device"
-        ) from error
-    return name
-
-
-def resolve_training_device(name: str) -> str:
-    """Return the device for a value of `--device` of a command that trains; see `resolve_device`.
-
-    transformers' Trainer uses all visible GPUs, or one per rank of torchrun, and has no argument
-    for the number of a GPU.
-
-    Raises:
-        InvalidArgumentError: the device is not available, or has a number other than 0.
-    """
-    number = name.partition(":")[2]
-    if number not in ("", "0"):
-        raise InvalidArgumentError(
-            f"--device is {name}, but training uses all visible GPUs, or one per rank of torchrun; "
-            f"give --device cuda, and make one GPU visible by CUDA_VISIBLE_DEVICES={number}"
-        )
-    return resolve_device(name)
 
 
 def optional_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> object:

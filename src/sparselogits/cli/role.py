@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sparselogits.cli.options import resolve_device
+from sparselogits.devices import resolve_device
 from sparselogits.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def build_role(
 
     Raises:
         InvalidArgumentError: an option belongs to another executor, the environment defines no
-            ranks, or the device is not available.
+            ranks, or the device is not available or, with Ray, has a number.
         MissingDependencyError: Ray is not installed.
     """
     import torch
@@ -165,6 +165,10 @@ def build_role(
         return BuildRole(device, rank.share)
     if executor == "local":
         return BuildRole(device, WHOLE)
+    if ":" in device:
+        raise InvalidArgumentError(
+            f"--device is {device}, but Ray chooses the GPU of each worker; give cuda or cpu"
+        )
     ray = connect()
     if gpus is None:
         gpus = 1.0 if device.startswith("cuda") else 0.0

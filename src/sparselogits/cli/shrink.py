@@ -21,9 +21,9 @@ from sparselogits.cli.options import (
     optional_tokenizer,
     print_json,
     print_next,
-    resolve_device,
 )
 from sparselogits.console import messages, results, stage
+from sparselogits.devices import resolve_device
 from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.files import require_new_folder
 from sparselogits.wording import counted, parameters
@@ -163,7 +163,7 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise InvalidArgumentError(
             f"--drop-layers is {text!r}; give block indices separated by commas, such as 13,14"
         )

@@ -25,7 +25,6 @@ from sparselogits.cli.options import (
     parsed_weights,
     print_json,
     print_next,
-    resolve_training_device,
 )
 from sparselogits.console import messages, results, stage
 from sparselogits.errors import RecipeError, SparseLogitsError
@@ -159,7 +158,7 @@ def train(
     else:
         loaded = parse_recipe(given, source="the command line")
     if os.environ.get("RANK", "0") != "0":  # under torchrun only the first rank prints
-        run(loaded, device=resolve_training_device(device))
+        run(loaded, device=device)
         leave_process_group()
         return
     planned: list[PlannedRun] = []
@@ -171,7 +170,7 @@ def train(
     with stage("training", "steps") as update:
         result = run(
             loaded,
-            device=resolve_training_device(device),
+            device=device,
             progress=lambda done, total, line: update(
                 done, total, f"loss {line['loss']:.3f}" if "loss" in line else ""
             ),

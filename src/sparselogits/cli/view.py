@@ -16,9 +16,9 @@ from sparselogits.cli.options import (
     Device,
     Dtype,
     print_next,
-    resolve_device,
 )
 from sparselogits.console import messages, results
+from sparselogits.devices import resolve_device
 
 if TYPE_CHECKING:
     from sparselogits.lab.report import WindowViewer

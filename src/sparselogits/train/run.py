@@ -43,6 +43,7 @@ from sparselogits.data import (
     TextDataset,
     rounds_for_entries,
 )
+from sparselogits.devices import resolve_training_device
 from sparselogits.errors import (
     CacheError,
     IdentityMismatchError,
@@ -160,15 +161,17 @@ def run(
         recipe: the recipe.
         teacher: loaded teacher for a method with the teacher online; None to load the teacher that
             the recipe names.
-        device: "cpu" to train without an accelerator. With None or another name, transformers'
-            Trainer chooses the devices: all visible GPUs or, under torchrun, one per rank.
+        device: "cpu" to train without an accelerator, "cuda" for all visible GPUs or, under
+            torchrun, one per rank, or "auto" for CUDA if it is available. With None, transformers'
+            Trainer chooses the devices.
         progress: function that is called before training, after every step and at every log line.
         announce: function that is called with a description of the run before the first step, but
             not for a finished run.
 
     Raises:
         RecipeError: If `out` contains a run of another recipe, or a setting is invalid.
-        InvalidArgumentError: If settings do not fit the student or the cache.
+        InvalidArgumentError: If settings do not fit the student or the cache, or the device is not
+            available or is one of several GPUs.
         TrainingError: If another process trains in `out`, or the loss or a weight is not finite.
         IdentityMismatchError: If the teacher, or the tokenizer, is not that of the cache.
         CacheError: If a cache is missing or damaged.
@@ -182,6 +185,7 @@ def run(
         >>> result.model_path
         PosixPath('my-run/model')
     """
+    device = None if device is None else resolve_training_device(device)
     if os.environ.get("RANK", "0") != "0":
         with allowing(*recipe.allow):
             return _run(recipe, teacher, device, progress, announce)
@@ -479,7 +483,7 @@ def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments
         "report_to": recipe.report_to or "none",
     }
     if device is not None:
-        settings["use_cpu"] = device == "cpu"
+        settings["use_cpu"] = torch.device(device).type == "cpu"
     try:
         arguments = TrainingArguments(**settings)
         require_known(arguments, {})

@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sparselogits.devices import resolve_training_device
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
@@ -91,7 +92,8 @@ def compare(
 
     Args:
         recipe: the comparison.
-        device: device of teacher and students.
+        device: device of teacher and students, as for `train.run`; "auto" for CUDA if it is
+            available, otherwise the CPU.
         stage: function that shows the progress of a stage, such as `console.stage`.
 
     Returns:
@@ -103,6 +105,7 @@ def compare(
             installed. The failure of a run, a task or a measurement of gradients is recorded in
             the results.
     """
+    device = resolve_training_device(device)
     if (recipe.out / "config.json").exists():
         raise InvalidArgumentError(
             f"{recipe.out} is the folder of a model; choose another folder with --out (out: in the "
