@@ -28,10 +28,26 @@ def provenance() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Return `git describe --always --dirty` for this file's folder; "unknown" if Git fails."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Return the commit of the source tree of sparselogits; see `commit_of`."""
+    return commit_of(Path(__file__).resolve())
+
+
+def commit_of(file: Path) -> str:
+    """Return the commit of the source tree of a file of `src/sparselogits/lab/compare`.
+
+    The commit is that of `git describe --always --dirty`. The result is "unknown" for an installed
+    file, even if it is inside the repository of another project, and if Git fails.
+    """
+    tree = file.parents[4]
+    git = ["git", f"--git-dir={tree / '.git'}", f"--work-tree={tree}"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        for command in (
+            ["ls-files", "--error-unmatch", str(file)],
+            ["describe", "--always", "--dirty"],
+        ):
+            found = subprocess.run(
+                [*git, *command], cwd=tree, capture_output=True, text=True, timeout=10, check=True
+            )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return found.stdout.strip()
