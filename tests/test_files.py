@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from sparselogits.files import (
     require_new_folder,
     temporary_name,
     whole_folder,
+    with_home,
     write_whole,
     writing_whole,
 )
@@ -313,6 +315,36 @@ def test_home_folders(tmp_path, monkeypatch):
     ):
         with pytest.raises(InvalidArgumentError, match=message.replace("x'", r"x\*?'")):
             use("~nosuchuser/x")
+
+
+def test_paths_of_command_lines_and_recipes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"out": "~/a", "cache": ["~/b", "s3://x/~/y", "./~/z"], "name": "~half", "steps": 3}
+    assert with_home(given) == {
+        **given,
+        "out": f"{tmp_path}/a",
+        "cache": [f"{tmp_path}/b", *given["cache"][1:]],
+    }
+    assert with_home("~") == str(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="'~nosuchuser/x' begins with a home folder"):
+        with_home({"out": "~nosuchuser/x"})
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="another user needs root")
+def test_a_folder_that_cannot_be_listed_is_written_to():
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.chown(folder, nobody, nobody)
+        folder.chmod(0o300)
+        os.seteuid(nobody)
+        try:
+            write_whole(folder / "file", "x")
+            write_whole(folder / "file", "y")
+            assert files.move(folder / "file", folder / "moved")
+        finally:
+            os.seteuid(0)
+        assert (folder / "moved").read_text() == "y"
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):

@@ -35,6 +35,7 @@ TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the names of temporary files and folders."""
 
 _TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{12})-(\d+)(?:-(\d+))?-[0-9a-f]{12}")
+_HOME = re.compile(r"~([\w.-]*/|$)")
 _DAY = 86_400.0
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_SYNC_FOLDER = {
@@ -149,13 +150,24 @@ def move(source: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder during a block, if its file system can lock folders."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if fcntl is not None:
+    """Hold an exclusive lock on a folder during a block, if the folder can be locked."""
+    with _opened_folder(folder) as descriptor:
+        if fcntl is not None and descriptor is not None:
             with contextlib.suppress(OSError):  # some network file systems cannot lock folders
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _opened_folder(folder: Path) -> Iterator[int | None]:
+    """Open a folder during a block; yield None for a folder that can be written but not read."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        yield None
+        return
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -269,6 +281,28 @@ def expanded(path: str | Path) -> Path:
             f"{shown(str(path))} begins with a home folder that does not exist on this machine; "
             "give another path, or begin it with ./ if the name itself has a tilde"
         ) from error
+
+
+def with_home(value: Any) -> Any:
+    """Return a value with the home folder in place of a leading `~/` or `~user/`.
+
+    Strings in lists and mappings are converted too. Command lines and recipes are converted by this
+    function, because shells do not expand `--out=~/run`, and YAML has no such notation.
+
+    Raises:
+        InvalidArgumentError: the user does not exist or has no home folder.
+
+    Examples:
+        >>> with_home({"out": "run", "steps": 3}), with_home(["~half"])
+        ({'out': 'run', 'steps': 3}, ['~half'])
+    """
+    if isinstance(value, dict):
+        return {key: with_home(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [with_home(own) for own in value]
+    if isinstance(value, str) and _HOME.match(value):
+        return str(expanded(value))
+    return value
 
 
 def require_file_or_nothing(path: Path) -> None:
@@ -386,17 +420,17 @@ def sync(descriptor: int) -> None:
 def sync_folder(folder: Path) -> None:
     """Flush a folder to its disk, so that renames within the folder are durable.
 
-    On a file system that cannot flush folders, renames may not survive a crash of the machine.
-    Raises OSError if the folder cannot be opened, or if its disk fails.
+    If the folder cannot be read, or its file system cannot flush folders, renames may not survive a
+    crash of the machine. Raises OSError if there is no such folder, or if its disk fails.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC_FOLDER:
-            raise
-    finally:
-        os.close(descriptor)
+    with _opened_folder(folder) as descriptor:
+        if descriptor is None:
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_SYNC_FOLDER:
+                raise
 
 
 def sync_tree(folder: Path) -> None:

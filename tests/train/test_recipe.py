@@ -302,3 +302,13 @@ def test_the_docs_have_every_key():
     begin, end = "<!-- recipe -->\n", "<!-- end of recipe -->\n"
     written = page.read_text().partition(begin)[2].partition(end)[0]
     assert written == recipe_table(), "copy it: python -m sparselogits.train.recipe_text"
+
+
+def test_the_home_folder_in_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "recipe.yaml"
+    file.write_text("cache: [~/c, '~/d']\nout: ~/o\nstudent: {path: ~/s}\n")
+    recipe = load_recipe(file)
+    assert recipe.out == tmp_path / "o"
+    assert recipe.student.path == f"{tmp_path}/s"
+    assert [*map(str, recipe.caches)] == [f"{tmp_path}/c", f"{tmp_path}/d"]

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from sparselogits.console import messages, styled
 from sparselogits.errors import SparseLogitsError, SparseLogitsWarning, reason_of
-from sparselogits.files import user_cache, write_whole
+from sparselogits.files import user_cache, with_home, write_whole
 from sparselogits.untrusted import printable
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
@@ -72,7 +72,7 @@ def run_and_exit(command_line: Callable[..., Any]) -> NoReturn:
     warnings.showwarning = _show_warning
     arguments = [word for word in words if word != "--debug"] if debug else words
     try:
-        command_line(args=arguments, obj=state)
+        command_line(args=[_with_home(word) for word in arguments], obj=state)
         sys.exit(0)
     except SystemExit as stop:  # typer exits with 2 for a usage error and 130 for Ctrl-C
         if stop.code == INTERRUPTED:
@@ -95,6 +95,12 @@ def run_and_exit(command_line: Callable[..., Any]) -> NoReturn:
             sys.exit(BUG)
         messages.print(styled("error:", "bold red", f" {explained}"), soft_wrap=True)
         sys.exit(USER_ERROR)
+
+
+def _with_home(word: str) -> str:
+    """Return an argument with the home folder in place of `~`, also after the `=` of an option."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{name}{equals}{with_home(value)}"
 
 
 def explanation(error: BaseException) -> str | None:

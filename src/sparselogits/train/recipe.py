@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from sparselogits.allowances import ALLOWANCES
 from sparselogits.data import CacheDataset, DraftVocabulary, Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
+from sparselogits.files import with_home
 from sparselogits.losses import MissingMass
 from sparselogits.methods import (
     BATCH_WINDOWS,
@@ -656,9 +657,10 @@ def validated(
 
     Raises:
         RecipeError: If values are invalid; the message lists the invalid keys.
+        InvalidArgumentError: If a path begins with the home folder of an unknown user.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(with_home(values))
     except ValidationError as error:
         lines = "\n".join(f"  {_in_words(detail, fields)}" for detail in error.errors())
         raise RecipeError(f"{wrong}:\n{lines}") from error
