@@ -6,7 +6,7 @@ the message and exits with code 2.
 
 from __future__ import annotations
 
-from sparselogits.untrusted import printable
+from sparselogits.untrusted import printable, shown
 
 _LONGEST_MESSAGE = 8000  # characters; a name quoted from an untrusted file may be much longer
 
@@ -93,3 +93,26 @@ class SlowFormatWarning(SparseLogitsWarning):
 def reason_of(error: BaseException) -> str:
     """Return the message of an exception, or the name of its class if the message is empty."""
     return str(error).strip() or type(error).__name__
+
+
+def require_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Validate that an argument is an integer in a range.
+
+    Args:
+        name: name of the argument, for the error message.
+        value: value of the argument; a bool is not a valid integer.
+        least: smallest valid integer.
+        most: largest valid integer; None for no limit.
+
+    Raises:
+        InvalidArgumentError: the value is not an integer or not in the range.
+
+    Examples:
+        >>> require_whole("batch", 8, 1)
+    """
+    if type(value) is int and least <= value and (most is None or value <= most):
+        return
+    limit = "" if most is None else f", at most {most:,}"
+    raise InvalidArgumentError(
+        f"{name} is {shown(value)}; expected a whole number of at least {least}{limit}"
+    )

@@ -1,6 +1,7 @@
 """Test adding text to a cache: new windows, unchanged files, resuming, other settings."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -181,12 +182,14 @@ def test_shards_of_appended_text_start_at_its_first_window():
 
 
 def test_a_shard_has_at_least_one_window():
-    with pytest.raises(InvalidArgumentError, match="at least 1, found 0"):
-        shard_ranges(10, 0)
+    for number in (0, -1, True, 2.0, math.nan):
+        with pytest.raises(InvalidArgumentError, match=r"windows_per_shard is .* of at least 1"):
+            shard_ranges(10, number)
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", '{"source": null}', '{"source": ["a"]}', '{"source": {"fingerprint": 3}}']
+    "content",
+    ["{", "{}", '{"source": null}', '{"source": ["a"]}', '{"source": {"fingerprint": 3}}'],
 )
 def test_a_packed_text_whose_description_names_no_text_is_reported(content, tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(TEXTS[0])

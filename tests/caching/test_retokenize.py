@@ -486,7 +486,7 @@ def test_what_cannot_be_retokenized(cache: Path, tmp_path: Path) -> None:
             "'<none>' is not a special token of the student",
         ),
         ({"elsewhere": "nothing"}, "expected 'text' or 'none'"),
-        ({"followed": -1}, "from 0"),
+        ({"followed": -1}, "followed is -1; expected a whole number of at least 0"),
     ):
         with pytest.raises(SparseLogitsError, match=error):
             retokenize(cache, **{"tokenizer": student(), "out": out, **wrong})

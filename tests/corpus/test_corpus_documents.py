@@ -180,7 +180,7 @@ def test_a_padding_token_without_a_row_in_the_model_is_refused(bert, tmp_path):
         ({"padding_id": 1}, "padding_id=1"),
         ({"kind": "documents", "padding_id": 1, "window_length": 2}, "at least 3"),
         ({"kind": "documents", "padding_id": 1, "reset_attention": True}, "reset_attention"),
-        ({"kind": "documents", "padding_id": -1}, "ids from 0"),
+        ({"kind": "documents", "padding_id": -1}, "padding_id is -1; expected .* at least 0"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, said):

@@ -244,9 +244,11 @@ def test_budget_is_met(sampler, budget):
 
 
 def test_budget_out_of_reach():
-    for budget, said in ((0.5, "at least 1"), (math.nan, "at least 1"), (501.0, "out of reach")):
-        with pytest.raises(InvalidArgumentError, match=said):
-            fit_budget(Systematic(), [some_logits()], budget)
+    for budget in (0.5, math.nan, math.inf, True):
+        with pytest.raises(InvalidArgumentError, match=r"budget is .* finite .* at least 1"):
+            fit_budget(Systematic(), [], budget)
+    with pytest.raises(InvalidArgumentError, match="out of reach"):
+        fit_budget(Systematic(), [some_logits()], 501.0)
     with pytest.raises(InvalidArgumentError, match="no pilot positions"):
         fit_budget(Systematic(), [], 5)
     with pytest.raises(InvalidArgumentError, match="give its parameters instead"):

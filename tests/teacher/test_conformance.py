@@ -190,6 +190,13 @@ def test_a_teacher_that_sees_the_future_is_found():
         check_engine(plain(directions=2), TOKENS)
 
 
+def test_a_teacher_without_tokens():
+    engine = plain()
+    engine.token_mask = torch.zeros(52, dtype=torch.bool)
+    with pytest.raises(TeacherError, match="token_mask is False at all 52 ids; expected True"):
+        check_engine(engine, TOKENS)
+
+
 def test_an_identity_that_lacks_something():
     engine = plain()
     del engine.identity["weights"]

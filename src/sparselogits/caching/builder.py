@@ -22,15 +22,18 @@ from sparselogits.caching.writer import Writer
 from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.corruption import Corruption
-from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, require_whole
 from sparselogits.identity import Identity
 from sparselogits.language_model import require_predicting
 from sparselogits.objectives import Masked
 from sparselogits.progress import Progress
 from sparselogits.samplers import Sampler
 from sparselogits.store import Cache, Location, codec_for
+from sparselogits.store.bounds import LARGEST_TEMPERATURE, LEAST_TEMPERATURE
 from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
+from sparselogits.teacher.engine import require_token_mask
+from sparselogits.untrusted import shown
 
 WINDOWS_PER_SHARD = 512
 """Default number of windows per shard."""
@@ -49,6 +52,10 @@ class CacheRequest:
         temperature: divisor of the teacher's logits.
         exact_weights: whether to store real-valued weights as float32; see `codec_for`. None for
             the setting of the existing cache; a new cache then rounds weights.
+
+    Raises:
+        InvalidArgumentError: the budget is invalid (see `Sampler.left_open`), the seed is not in
+            [0, 2**64), or the temperature is out of range.
     """
 
     root: Location
@@ -57,6 +64,15 @@ class CacheRequest:
     seed: int = 0
     temperature: float = 1.0
     exact_weights: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.sampler.left_open(self.budget)
+        require_whole("seed", self.seed, 0, (1 << 64) - 1)
+        if not LEAST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE:  # NaN is False
+            raise InvalidArgumentError(
+                f"the temperature is {shown(self.temperature)}; give a number from "
+                f"{LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g} (--temperature)"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,10 +126,11 @@ def build_caches(
     Raises:
         IdentityMismatchError: an existing cache has other settings, or was built from other text.
         TeacherError: the teacher's loss on the text is clearly worse than that of uniform guessing,
-            or the logits are not finite.
-        InvalidArgumentError: a budget cannot be met, `windows_per_shard` is below 1, the range of
-            windows is invalid, the teacher does not support the windows, or the kind of the teacher
-            (masked or causal) does not match `corruption`.
+            the logits are not finite, or the teacher's token mask is invalid.
+        InvalidArgumentError: a budget cannot be met, `batch` or `windows_per_shard` is below 1,
+            `first_window` is negative, the range of windows is invalid, the teacher does not
+            support the windows, or the kind of the teacher (masked or causal) does not match
+            `corruption`.
         CacheError: an existing shard overlaps a range without being equal to it, or an existing
             cache is damaged.
         CorpusError: the corpus is damaged.
@@ -205,6 +222,10 @@ def begin_job(
 
     See `build_caches` for arguments and errors.
     """
+    require_whole("batch", batch, 1)
+    require_whole("windows_per_shard", windows_per_shard, 1)
+    require_whole("first_window", first_window, 0)
+    require_token_mask(engine)
     model = getattr(engine, "model", None)
     if model is not None:
         masked = corruption is not None

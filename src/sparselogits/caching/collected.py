@@ -41,9 +41,9 @@ from sparselogits.corpus import (
 from sparselogits.corpus.formats import SourceFile, read_errors
 from sparselogits.corpus.locate import locate
 from sparselogits.corpus.records import Fields, Where
-from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
+from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError, require_whole
 from sparselogits.files import expanded, require_new_folder, whole_folder
-from sparselogits.identity import Identity
+from sparselogits.identity import LARGEST_VOCABULARY, Identity
 from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 from sparselogits.samplers import TopK
 from sparselogits.store import Cache, WindowRecord, codec_for
@@ -119,10 +119,12 @@ def import_collected(
         InvalidArgumentError: `out` is not empty, a size is out of range, or the vocabulary is
             smaller than the tokenizer's; or, without `window`, rows differ in length.
     """
-    if windows_per_shard < 1:
-        raise InvalidArgumentError(
-            f"windows_per_shard must be at least 1, found {windows_per_shard}"
-        )
+    require_whole("windows_per_shard", windows_per_shard, 1)
+    require_whole("vocab_size", vocab_size, 1, LARGEST_VOCABULARY)
+    if k is not None:
+        require_whole("k", k, 1)
+    if window is not None:
+        require_whole("window", window, 2)
     if vocab_size < len(tokenizer):
         raise InvalidArgumentError(
             f"the tokenizer has {len(tokenizer)} ids, more than the vocabulary size of "

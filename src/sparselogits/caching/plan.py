@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, require_whole
 from sparselogits.store.ranges import Range
 
 
@@ -21,6 +21,9 @@ class Share:
         index: index of the worker, from 0.
         count: number of workers.
 
+    Raises:
+        InvalidArgumentError: `index` is not in [0, `count`).
+
     Examples:
         >>> Share(1, 2).of([(0, 8), (8, 16), (16, 24)])
         [(8, 16)]
@@ -28,6 +31,10 @@ class Share:
 
     index: int
     count: int
+
+    def __post_init__(self) -> None:
+        require_whole("the number of workers", self.count, 1)
+        require_whole("the index of a worker", self.index, 0, self.count - 1)
 
     def of(self, ranges: Sequence[Range]) -> list[Range]:
         """Return every `count`-th range, starting with range `index`.
@@ -54,19 +61,20 @@ def shard_ranges(
         first_window: index of the corpus's first window in the cache; above 0 for appended text.
 
     Raises:
-        InvalidArgumentError: `windows_per_shard` is below 1, `only` is not in the corpus or does
-            not start and end at shard boundaries, or the corpus has no windows.
+        InvalidArgumentError: `windows_per_shard` is below 1, `first_window` is negative, `only` is
+            not in the corpus or does not start and end at shard boundaries, or the corpus has no
+            windows.
 
     Examples:
         >>> shard_ranges(20, 8)
         [(0, 8), (8, 16), (16, 20)]
     """
-    if windows_per_shard < 1:
-        raise InvalidArgumentError(
-            f"windows_per_shard must be at least 1, found {windows_per_shard}"
-        )
+    require_whole("windows_per_shard", windows_per_shard, 1)
+    require_whole("first_window", first_window, 0)
     end = first_window + windows
     first, stop = only if only is not None else (first_window, end)
+    require_whole("the first window", first, 0)
+    require_whole("the window after the last", stop, 0)
     if not first_window <= first < stop <= end:
         raise InvalidArgumentError(
             f"windows {first}:{stop} are not in the corpus; give a range within "

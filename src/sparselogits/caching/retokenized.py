@@ -35,7 +35,7 @@ from sparselogits.corpus.streams import part_name, writing_parquet, writing_part
 from sparselogits.corpus.token_bytes import TokenBytes
 from sparselogits.corpus.tokenizer_identity import ROLES
 from sparselogits.corpus.windows import text_length
-from sparselogits.errors import CacheError, InvalidArgumentError
+from sparselogits.errors import CacheError, InvalidArgumentError, require_whole
 from sparselogits.files import write_whole
 from sparselogits.identity import Identity, canonical_json
 from sparselogits.objectives import CAUSAL, IGNORE_INDEX
@@ -157,11 +157,9 @@ def retokenize(
         )
     if not len(source):
         raise CacheError(f"the cache at {cache} has no finished shard; build it first")
-    if elsewhere not in ("text", "none") or followed < 0:
-        raise InvalidArgumentError(
-            f"elsewhere is {elsewhere!r} and followed is {followed}; expected 'text' or 'none', "
-            "and a number of tokens from 0"
-        )
+    if elsewhere not in ("text", "none"):
+        raise InvalidArgumentError(f"elsewhere is {elsewhere!r}; expected 'text' or 'none'")
+    require_whole("followed", followed, 0)
     if not Cache.exists(out):
         require_room(out)
     elif window is None:  # the default depends on the windows built so far

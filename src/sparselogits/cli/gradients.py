@@ -111,12 +111,14 @@ def gradients(
     from sparselogits.data import TextDataset
     from sparselogits.lab.gradients import measure_gradients, standard_targets
     from sparselogits.lab.gradients.compared import PUBLISHED
+    from sparselogits.samplers import Systematic
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_tokenizer, names_masked_model
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     if out is not None:
         require_file_or_nothing(out)
+    Systematic().left_open(budget)  # validates the budget before the teacher runs
     sizes = batch or [window, 4 * window, 16 * window]
     source = open_source(data, tokenized_by=optional_tokenizer(tokenized_by), join_rows=join_rows)
     tokenizer = load_tokenizer(teacher)

@@ -47,8 +47,9 @@ from sparselogits.corpus.streams import PartWriter, part_name, writing_part
 from sparselogits.corpus.tokenizer_identity import tokenizer_fingerprint
 from sparselogits.corpus.tokenizing import Encoded, Encoder
 from sparselogits.corpus.windows import Packing
-from sparselogits.errors import CorpusError, InvalidArgumentError
+from sparselogits.errors import CorpusError, require_whole
 from sparselogits.files import clean_leftovers, disk_errors
+from sparselogits.identity import LARGEST_VOCABULARY
 from sparselogits.progress import Progress
 
 PART_BYTES = 32 << 20
@@ -94,8 +95,8 @@ def pack(
             packing process was killed.
         IdentityMismatchError: `out` was packed from other text or with other settings (the message
             lists them), or the source's token ids were computed with another tokenizer.
-        InvalidArgumentError: `processes` or `part_bytes` is less than 1, or joined rows of ids are
-            to be packed with one document per window.
+        InvalidArgumentError: `vocab_size`, `processes` or `part_bytes` is not an integer from 1 on,
+            or joined rows of ids are to be packed with one document per window.
         StorageError: the folder cannot be written; finished parts remain.
 
     Example:
@@ -105,6 +106,9 @@ def pack(
         >>> corpus.windows
         12034
     """
+    require_whole("vocab_size", vocab_size, 1, LARGEST_VOCABULARY)
+    require_whole("processes", processes, 1)
+    require_whole("part_bytes", part_bytes, 1)
     for name in ("separator_id", "bos_id", "padding_id"):
         value = getattr(packing, name)
         if value is not None and value >= vocab_size:
@@ -115,10 +119,6 @@ def pack(
                 f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids; use "
                 f"the teacher's tokenizer, or {advice}"
             )
-    if processes < 1 or part_bytes < 1:
-        raise InvalidArgumentError(
-            f"found processes={processes} and part_bytes={part_bytes}; give at least 1 for each"
-        )
     paths = Paths(Path(out))
     source = source.read_by(tokenizer, packing, vocab_size)
     description = {

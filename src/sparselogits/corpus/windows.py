@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, require_whole
 
 PackingKind = Literal["joined", "documents"]
 """Name of a rule by which documents become windows; see `Packing`."""
@@ -60,20 +60,16 @@ class Packing:
     """Id of padding tokens, for the kind "documents"; None for the kind "joined"."""
 
     def __post_init__(self) -> None:
-        if self.window_length < 2:
-            raise InvalidArgumentError(
-                f"found window_length={self.window_length}; give at least 2 tokens, an input and a "
-                "token to predict"
-            )
+        # at least an input and a token to predict
+        require_whole("window_length", self.window_length, 2)
         if not 0 <= self.holdout < 1:
             raise InvalidArgumentError(
                 f"found holdout={self.holdout}; give the share of the text to hold out, in [0, 1)"
             )
-        if min(self.separator_id, self.bos_id or 0, self.padding_id or 0) < 0:
-            raise InvalidArgumentError(
-                f"found separator_id={self.separator_id}, bos_id={self.bos_id} and padding_id="
-                f"{self.padding_id}; give ids from 0"
-            )
+        require_whole("separator_id", self.separator_id, 0)
+        for name in ("bos_id", "padding_id"):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name), 0)
         if self.kind not in PACKING_KINDS:
             raise InvalidArgumentError(
                 f"found the packing kind {self.kind!r}; give one of {', '.join(PACKING_KINDS)}"

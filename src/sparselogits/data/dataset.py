@@ -348,7 +348,7 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     """
     chosen = spread(len(dataset), _PILOT_WINDOWS)
     cached = dataset.rounds
-    if cached is None or budget < 1:
+    if cached is None or not budget >= 1:  # a comparison with NaN is False
         Schedule.constant(1).require_within(cached)
         raise InvalidArgumentError(
             f"a budget of {budget:g} entries per position is too small; give at least 1"

@@ -130,11 +130,11 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
             replaced in the result; not an `Adaptive` sampler with a distance signal, whose student
             would need the tokens.
         logits_slices: logits of pilot positions spread over the corpus, float [P, V] each.
-        budget: mean entries per position, at least 1.
+        budget: mean entries per position, finite and at least 1.
 
     Raises:
-        InvalidArgumentError: the budget is below 1 or cannot be met, the sampler has no budget
-            parameter, or there are no pilot positions.
+        InvalidArgumentError: the budget is below 1, not finite or cannot be met, the sampler has no
+            budget parameter, or there are no pilot positions.
 
     Examples:
         >>> import torch
@@ -149,18 +149,14 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
 def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
     """Return the size (see `Sampler.of_size`) whose mean entries are closest to a budget.
 
-    Raises InvalidArgumentError if the budget is below 1 or NaN, or if `largest_size` has fewer mean
-    entries than the budget.
+    Raises InvalidArgumentError if `largest_size` has fewer mean entries than the budget, which
+    `Sampler.left_open` accepts.
     """
 
     @cache  # without a formula, each evaluation is a draw
     def entries(size: int) -> float:
         return sampler.of_size(size).expected_entries(pilot)
 
-    if not budget >= 1:  # a comparison with NaN is False
-        raise InvalidArgumentError(
-            f"found a budget of {budget:g} entries per position; give at least 1"
-        )
     low = high = 1
     while entries(high) < budget:
         if high == sampler.largest_size:

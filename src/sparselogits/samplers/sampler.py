@@ -359,10 +359,16 @@ class Sampler(ABC):
             budget: mean entries per position; None for no budget.
 
         Raises:
-            InvalidArgumentError: a budget is given, but the sampler has no budget parameter.
+            InvalidArgumentError: the budget is below 1 or not finite, or the sampler has no budget
+                parameter.
         """
         if budget is None:
             return ()
+        if isinstance(budget, bool) or not 1 <= budget < math.inf:  # a comparison with NaN is False
+            raise InvalidArgumentError(
+                f"the budget is {shown(budget)}; give a finite mean number of entries per position "
+                "of at least 1 (--budget)"
+            )
         if self.budget_parameter is None:
             raise InvalidArgumentError(
                 f"sampler {self.name!r} has no parameter that a budget of {budget:g} entries "
@@ -378,8 +384,8 @@ class Sampler(ABC):
             budget: mean entries per position, which `left_open` accepts; None for no budget.
 
         Raises:
-            InvalidArgumentError: the budget is below 1 or cannot be met, or there are no pilot
-                positions to fit it on.
+            InvalidArgumentError: the budget cannot be met, or there are no pilot positions to fit
+                it on.
         """
         from sparselogits.samplers.budget import size_for_budget
 

@@ -21,6 +21,9 @@ LARGEST_CACHE_JSON = 1 << 20
 LONGEST_WINDOW = 1 << 20
 """Largest allowed number of tokens per window."""
 
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
+"""Range of the divisor of the teacher's logits."""
+
 MOST_ROUNDS = (1 << 20) - 1
 """Largest allowed number of rounds per position."""
 
@@ -102,7 +105,7 @@ def require_bounds(identity: Identity, where: str) -> None:
         ("window_length", identity.window_length, 1, LONGEST_WINDOW),
         ("windows_per_shard", identity.windows_per_shard, 1, 1 << 40),
         ("seed", identity.seed, -(1 << 63), (1 << 64) - 1),
-        ("temperature", identity.temperature, 1e-6, 1e6),
+        ("temperature", identity.temperature, LEAST_TEMPERATURE, LARGEST_TEMPERATURE),
         ("codec.rounds", codec.get("rounds", 1), 1, MOST_ROUNDS),
         ("codec.tau", codec.get("tau", 1), LEAST_TAU, 1),
     ):

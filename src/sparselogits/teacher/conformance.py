@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparselogits.errors import SparseLogitsError, TeacherError
 from sparselogits.identity import canonical_json
-from sparselogits.teacher.engine import Engine
+from sparselogits.teacher.engine import Engine, require_token_mask
 
 IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
 """Keys that an engine's identity must have."""
@@ -21,7 +21,8 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
 
     The engine must satisfy these conditions:
 
-    - `token_mask` is bool [V]; `identity` has the keys of `IDENTITY` and contains JSON values.
+    - `token_mask` is bool [V] and true at some id; `identity` has the keys of `IDENTITY` and
+      contains JSON values.
     - Slices contain every position once and in order. Their logits are float32 [positions, V], -inf
       at ids that are not tokens and finite at all others, and may be overwritten.
     - Equal tokens give equal logits. Logits do not depend on the other windows of a batch, and
@@ -54,11 +55,7 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
         raise TeacherError(
             f"tokens have shape {tuple(tokens.shape)}; give [B, L] with B and L at least 2"
         )
-    mask = engine.token_mask
-    if mask.dtype != torch.bool or mask.shape != (engine.vocab_size,):
-        raise TeacherError(
-            f"token_mask is {mask.dtype} {tuple(mask.shape)}; expected bool ({engine.vocab_size},)"
-        )
+    require_token_mask(engine)
     lacking = [key for key in IDENTITY if key not in engine.identity]
     if lacking:
         raise TeacherError(f"the identity lacks {', '.join(lacking)}; expected {IDENTITY}")
@@ -69,7 +66,7 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
             f"the identity cannot be written as JSON ({error}); give text, numbers, lists and dicts"
         ) from error
     whole = _logits(engine, tokens)
-    not_tokens = ~mask.cpu()
+    not_tokens = ~engine.token_mask.cpu()
     if not bool((whole[..., not_tokens] == -torch.inf).all()):
         raise TeacherError("an id that is not a token has a finite logit; set it to -inf")
     if not bool(whole[..., ~not_tokens].isfinite().all()):

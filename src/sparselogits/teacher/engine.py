@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from sparselogits.errors import TeacherError
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,24 @@ class Engine(Protocol):
             SparseLogitsError: the engine does not support document starts.
         """
         ...
+
+
+def require_token_mask(engine: Engine) -> None:
+    """Validate the shape, dtype and values of an engine's token mask.
+
+    Raises:
+        TeacherError: the mask is not bool [V], or no id is a token.
+    """
+    mask = engine.token_mask
+    if mask.dtype != torch.bool or mask.shape != (engine.vocab_size,):
+        raise TeacherError(
+            f"token_mask is {mask.dtype} {tuple(mask.shape)}; expected bool ({engine.vocab_size},)"
+        )
+    if not bool(mask.any()):
+        raise TeacherError(
+            f"token_mask is False at all {engine.vocab_size} ids; expected True at the ids that "
+            "are tokens of the tokenizer"
+        )
 
 
 def logits_at(

@@ -37,6 +37,7 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
             "unbiased",
         ),
         ({"methods": [{"sampler": "systematic", "budget": 5, "rounds": 5}]}, "not both"),
+        ({"methods": [{"sampler": "systematic", "budget": 0.5}]}, "budget is 0.5; give a finite"),
         ({"methods": [{"sampler": "adaptive", "budget": 5}]}, "adaptive' requires a value for stu"),
         ({"tasks": {"name": ["agreement"]}}, "tasks.name: unknown key; did you mean 'names'"),
         ({"tasks": {"names": []}}, "tasks.names: .*at least 1 item"),

@@ -7,6 +7,7 @@ by a new actor; the build fails at failure number `TRIES` on the same range.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -19,7 +20,13 @@ from sparselogits.caching.builder import BuildReport
 from sparselogits.caching.job import Job
 from sparselogits.caching.plan import windows_in
 from sparselogits.caching.writer import commit_missing
-from sparselogits.errors import CacheError, MissingDependencyError, StorageError
+from sparselogits.errors import (
+    CacheError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    StorageError,
+    require_whole,
+)
 from sparselogits.progress import Progress
 from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
@@ -43,11 +50,23 @@ class Workers:
         threads: number of torch threads per actor, on which the low-order bits of results depend.
         gpus: number of GPUs per actor, possibly a fraction; with 0 each actor reserves `threads`
             CPUs.
+
+    Raises:
+        InvalidArgumentError: `count` or `threads` is below 1, or `gpus` is negative or not finite.
     """
 
     count: int
     threads: int
     gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_whole("the number of workers", self.count, 1)
+        require_whole("the number of threads per worker", self.threads, 1)
+        if not 0 <= self.gpus < math.inf:  # a comparison with NaN is False
+            raise InvalidArgumentError(
+                f"the number of GPUs per worker is {self.gpus}; give a finite number of at least 0 "
+                "(--gpus)"
+            )
 
 
 class RangeWorker:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sparselogits.caching.plan import Share
+from sparselogits.caching.plan import WHOLE, Share
 from sparselogits.errors import CacheError, InvalidArgumentError
 
 WAIT_SECONDS = 6 * 3600.0
@@ -55,10 +55,10 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
     """
     inner = local = None
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        inner = Share(_number(environment, "RANK"), _number(environment, "WORLD_SIZE"))
+        inner = _share(_number(environment, "RANK"), _number(environment, "WORLD_SIZE"))
         local = _number(environment, "LOCAL_RANK", 0), _number(environment, "LOCAL_WORLD_SIZE", 1)
     elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        inner = Share(
+        inner = _share(
             _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
         )
         local = (_number(environment, "SLURM_LOCALID", 0), _tasks_here(environment))
@@ -69,15 +69,8 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
             "set; start the command as 'torchrun --nproc-per-node 8 -m sparselogits cache ... "
             "--executor torchrun', by srun, or in a Slurm array (docs/scaling.md)"
         )
-    inner, outer = inner or Share(0, 1), outer or Share(0, 1)
+    inner, outer = inner or WHOLE, outer or WHOLE
     share = Share(outer.index * inner.count + inner.index, outer.count * inner.count)
-    for part in (inner, outer):
-        if not 0 <= part.index < part.count:
-            raise InvalidArgumentError(
-                f"the environment states rank {part.index} of {part.count} ranks, expected a rank "
-                f"in [0, {part.count}); the tasks of an array must have no gaps, as in "
-                "--array=0-15. Submit all tasks again: existing shards are not built twice"
-            )
     return Rank(share, *(local or (0, 1)))
 
 
@@ -111,20 +104,31 @@ def _array_task(environment: Mapping[str, str]) -> Share | None:
     first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
     step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", 1))
     offset = _number(environment, "SLURM_ARRAY_TASK_ID") - first
-    return Share(offset // step, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
+    return _share(offset // step, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
+
+
+def _share(rank: int, ranks: int) -> Share:
+    """Return the share of a rank. Raises InvalidArgumentError if there are not as many ranks."""
+    if not 0 <= rank < ranks:
+        raise InvalidArgumentError(
+            f"the environment states rank {rank} of {ranks} ranks, expected a rank in "
+            f"[0, {ranks}); the tasks of an array must have no gaps, as in --array=0-15. Submit "
+            "all tasks again: existing shards are not built twice"
+        )
+    return Share(rank, ranks)
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
     """Return the largest number of tasks in `SLURM_STEP_TASKS_PER_NODE`, such as '4(x2),3'."""
     groups = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
     counts = [group.partition("(")[0] for group in groups]
-    return max((int(count) for count in counts if count.isdigit()), default=1)
+    return max((int(count) for count in counts if count.isdecimal()), default=1)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     """Return an environment variable as an integer from 0, or raise InvalidArgumentError."""
     text = environment.get(name, "" if default is None else str(default))
-    if not text.isdigit():
+    if not text.isdecimal():
         raise InvalidArgumentError(
             f"the environment variable {name} is {text!r}, expected a number; start the ranks with "
             "torchrun, srun or a Slurm array (docs/scaling.md)"

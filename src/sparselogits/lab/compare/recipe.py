@@ -54,7 +54,6 @@ from sparselogits.train.recipe import (
 )
 
 AnySampler = Annotated[InstanceOf[SamplerChoice], PlainSerializer(SamplerChoice.parameters)]
-Budget = Annotated[float, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 UNTRAINED = "none"
@@ -87,7 +86,7 @@ class MethodSpec(_Strict):
     sampler: AnySampler | None = Field(
         None, description="name of the sampler of sparse targets; its fields are keys of the method"
     )
-    budget: Budget | None = Field(
+    budget: float | None = Field(
         None, description="mean entries per position, to which the sampler is fitted"
     )
     missing_mass: MissingMass = Field(
