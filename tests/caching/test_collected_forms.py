@@ -257,6 +257,21 @@ def test_lists_of_probabilities_are_read(tmp_path, tokenizer):
         imported(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "d", tokenizer)
 
 
+def test_positions_without_logprobs_have_no_target_in_any_form(tmp_path, tokenizer):
+    """An element that is null, and a packed row of one token, which predicts nothing."""
+    (tokens,) = sequences(1)
+    ids, logs = top(tokens)
+    row = {"input_ids": tokens.tolist(), "index": ids.tolist(), "exp_logits": np.exp(logs).tolist()}
+    row["index"][3] = row["exp_logits"][3] = None
+    cache = imported(write_rows(tmp_path / "rows.jsonl", [row]), tmp_path / "c", tokenizer)
+    assert cache.read(0).present().tolist() == [i != 3 for i in range(LENGTH)]
+    data = write_packed(tmp_path / "data", LOSSLESS, [tokens[:1], tokens])
+    packed = imported(data, tmp_path / "d", tokenizer, k=K, window=LENGTH).read(0)
+    assert packed.tokens.tolist() == [tokens[0], *tokens[:-1].tolist()]
+    assert packed.present().tolist() == [i > 0 for i in range(LENGTH)]
+    same_targets(packed.targets[1:], teachers_targets(tokens, K)[: LENGTH - 1])
+
+
 def test_logits_without_a_normaliser_are_refused_or_taken_for_all(tmp_path, tokenizer):
     rows = []
     for tokens in sequences(2):

@@ -148,6 +148,8 @@ class DistillKitPacking(_Settings):
 
     def logprobs(self, packed: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Unpack the logprobs of P positions, float64 [P, k], from uint8 [P, value_bytes]."""
+        if not len(packed):  # PyTorch cannot view bytes of no rows as other numbers
+            return np.empty((0, self.k))
         at, rest = 0, self.k - self.exact_k
         exact_dtype = getattr(torch, self.exact_dtype)
 
@@ -330,11 +332,11 @@ def _lists(
 
 
 def _rows(values: Mapping[str, Any], name: str, where: Where) -> list[list[Any]]:
-    """Return a column with one list per position. Raises InvalidTargetsError."""
+    """Return a column with one list per position, empty for null. Raises InvalidTargetsError."""
     column = values[name]
-    if not isinstance(column, list) or not all(isinstance(row, list) for row in column):
-        fail(where, f"{name} is not a list of lists; expected one list per position")
-    return column
+    if not isinstance(column, list) or not all(isinstance(row, list | None) for row in column):
+        fail(where, f"{name} is not a list of lists; expected one list or null per position")
+    return [row or [] for row in column]
 
 
 def _floats(row: list[Any], name: str, where: Where) -> NDArray[np.float64]:
