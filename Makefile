@@ -65,20 +65,22 @@ check: .venv/.installed
 
 # Nothing else should run at the same time. Ratios use one thread and processor time, which is most
 # stable on a shared machine; at D = 2048 the products dominate and three repetitions are enough.
-# torch's chunked loss takes 77 times the products in bfloat16, so it runs only in float32. Sizes need
+# torch's automatic chunks take 77 times the products in bfloat16, so they run only in float32. Sizes need
 # text that the demo does not contain: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
 # Run scale.py and object_store.py manually.
 STEADY := --threads 1 --clock cpu
 GRID := $(BIN)/python benchmarks/loss.py --out benchmarks/loss.json $(STEADY) \
 	--only ours_1 ours_5 ours_12 ours_50 cross_entropy
 RIVALS := --d 128 512 --v 49152 --k 12 --only ours_12 ours_alpha cross_entropy cut_torch
-BESIDE := $(BIN)/python benchmarks/loss.py --out benchmarks/loss_rivals.json $(STEADY)
+BESIDE := $(BIN)/python benchmarks/loss.py $(STEADY) --anew
 bench: .venv/.installed
 	$(PIP) --editable '.[bench]'
 	$(GRID) --d 128 512 --repeats 7 --anew
 	$(GRID) --d 2048 --repeats 3
-	$(BESIDE) $(RIVALS) distillkit full_kd torch_chunked --anew
-	$(BESIDE) $(RIVALS) distillkit full_kd --dtype bfloat16
+	$(BESIDE) $(RIVALS) distillkit full_kd torch_chunked torch_tuned --memory default kept \
+		--out benchmarks/loss_rivals.json
+	$(BESIDE) $(RIVALS) distillkit full_kd torch_tuned --memory default kept --dtype bfloat16 \
+		--out benchmarks/loss_rivals_bfloat16.json
 	$(BIN)/python benchmarks/loss.py --out benchmarks/loss_two_threads.json --threads 2 $(RIVALS) --anew
 	$(BIN)/python benchmarks/memory.py --out benchmarks/memory.json
 	$(BIN)/python benchmarks/sampling.py --out benchmarks/sampling.json
@@ -87,6 +89,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/forward_share.py --out benchmarks/forward_share.json
 	$(BIN)/python benchmarks/packing.py --out benchmarks/packing.json --megabytes 6 --processor
 	$(BIN)/python benchmarks/retokenize.py --out benchmarks/retokenize.json
+	$(BIN)/python benchmarks/many_shards.py --out benchmarks/many_shards.json
 	$(BIN)/python benchmarks/step.py --out benchmarks/step.json $(STEADY) --repeats 21
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
 	$(BIN)/python benchmarks/report.py

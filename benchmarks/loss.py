@@ -13,6 +13,7 @@ g^T x) write their logits into an existing buffer and allocate both gradients, a
     ours_alpha      the same with the first K, alpha = 0.1 and labels
     cross_entropy   F.cross_entropy(F.linear(x, W), y): training without a teacher
     torch_chunked   torch.nn.functional.linear_cross_entropy with its default chunks
+    torch_tuned     the same with the fastest of some batch_chunk_size values, tried first
     cut_torch       Cut Cross-Entropy's torch_compile path, if the package is installed
     distillkit      DistillKit's sparse KL in plain torch: logits, float32 log_softmax, gather
     full_kd         linear_dense_kd, full KD in chunks, from the teacher's hidden states of the same
@@ -20,6 +21,9 @@ g^T x) write their logits into an existing buffer and allocate both gradients, a
 
 The other losses run only with the first K, because their cost does not depend on K. Liger's kernels
 are not included: they need a GPU, or Triton's interpreter, whose times are meaningless.
+
+By default glibc returns large tensors to the system when they are freed, so every allocation maps
+pages again; with `--memory kept` it keeps them. Each condition runs in a process of its own.
 
 A long grid may be run in pieces: settings are added to those in `--out` if machine and options are
 the same. `--anew` removes the earlier settings first, so that all results come from one run.
@@ -30,6 +34,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -40,8 +46,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measuring import interleaved, processor, ratios, spread
+from measuring import HEAP_KEPT, interleaved, processor, ratios, spread
 from sparselogits.losses import TeacherHead, linear_dense_kd, linear_sparse_cross_entropy
+
+MEMORY = {"default": {}, "kept": HEAP_KEPT}
+CHUNK_ROWS = (64, 128, 256, 512)
+"""Values of `batch_chunk_size` that are tried for torch's chunked loss."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Step = Callable[[], object]
@@ -69,7 +79,10 @@ def full_kd(x: Tensor, head: Tensor, teacher: TeacherHead) -> Tensor:
 def methods(
     rows: int, width: int, vocabulary: int, entries: list[int], dtype: torch.dtype, device: str
 ) -> dict[str, Step]:
-    """Return one function per method that runs forward and backward on shared inputs."""
+    """Return one function per method that runs forward and backward on shared inputs.
+
+    "torch_chunked_SIZE" are the candidates for `torch_tuned`.
+    """
     D, V = width, vocabulary
     torch.manual_seed(0)
     x = torch.randn(rows, D, device=device).to(dtype).requires_grad_()
@@ -91,9 +104,14 @@ def methods(
         "full_kd": partial(full_kd, x, W, teacher),
     }
     if hasattr(F, "linear_cross_entropy"):
-        losses["torch_chunked"] = partial(
-            F.linear_cross_entropy, x, W, y, options=torch.nn.LinearCrossEntropyOptions()
-        )
+        options = torch.nn.LinearCrossEntropyOptions
+        chunked = {"torch_chunked": options()} | {
+            f"torch_chunked_{size}": options(batch_chunk_size=size) for size in CHUNK_ROWS
+        }
+        losses |= {
+            name: partial(F.linear_cross_entropy, x, W, y, options=own)
+            for name, own in chunked.items()
+        }
     try:
         from cut_cross_entropy import linear_cross_entropy as cut
 
@@ -118,17 +136,39 @@ def products(x: Tensor, head: Tensor, buffer: dict[str, Tensor] = {}) -> tuple[T
     return z @ head, z.t() @ x
 
 
+def method_of(name: str) -> str:
+    """Return the method that a function of `methods` measures."""
+    return "torch_tuned" if name.startswith("torch_chunked_") else name
+
+
+def tuned(runs: dict[str, Step], clock: str) -> tuple[dict[str, Step], dict[str, int]]:
+    """Replace the candidates for `torch_tuned` by the fastest of them, and return its chunk."""
+    tried = {name: run for name, run in runs.items() if method_of(name) != name}
+    if not tried:
+        return runs, {}
+    seconds = interleaved(tried, 2, clock=clock)
+    best = min(tried, key=lambda name: min(seconds[name]))
+    others = {name: run for name, run in runs.items() if name not in tried}
+    chosen = int(best.removeprefix("torch_chunked_"))
+    return others | {"torch_tuned": tried[best]}, {"torch_tuned_rows": chosen}
+
+
 def measure(runs: dict[str, Step], repeats: int, clock: str) -> dict[str, object]:
+    runs, chosen = tuned(runs, clock)
     seconds = interleaved(runs, repeats, clock=clock)
     summary = {name: ratios(seconds, name, "products") for name in runs if name != "products"}
-    return {"products_seconds": spread(seconds["products"]), "ratio_to_products": summary}
+    return chosen | {
+        "products_seconds": spread(seconds["products"]),
+        "ratio_to_products": summary,
+    }
 
 
 def add_to(out: Path, machine: dict[str, object], results: list[dict[str, object]]) -> None:
     """Write the results, keeping earlier ones of other settings on the same machine."""
 
     def setting(row: dict[str, object]) -> tuple[object, ...]:
-        return tuple(row[name] for name in ("dtype", "D", "V", "rows"))
+        shape = (row[name] for name in ("dtype", "D", "V", "rows"))
+        return (*shape, row.get("memory", "default"))
 
     if out.exists():
         before = json.loads(out.read_text())
@@ -145,14 +185,17 @@ def table(results: list[dict[str, Any]]) -> str:
     found_names = dict.fromkeys(name for row in results for name in row["ratio_to_products"])
     entries = sorted((n for n in found_names if n[5:].isdigit()), key=lambda n: int(n[5:]))
     names = [*entries, *(n for n in found_names if n not in entries)]
-    lines = [f"| dtype | D | V | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    both = any("memory" in row for row in results)
+    head = ["dtype", "D", "V", *["memory"] * both, *names]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in sorted(results, key=lambda row: (row["dtype"] != "float32", row["D"], row["V"])):
         found = row["ratio_to_products"]
         cells = [
             f"{q['median']:.2f} ({q['p20']:.2f}-{q['p80']:.2f})" if q else ""
             for q in (found.get(name) for name in names)
         ]
-        lines.append(f"| {row['dtype']} | {row['D']} | {row['V']} | {' | '.join(cells)} |")
+        shape = [str(row[name]) for name in ("dtype", "D", "V", *["memory"] * both)]
+        lines.append(f"| {' | '.join([*shape, *cells])} |")
     return "\n".join(lines)
 
 
@@ -175,6 +218,7 @@ def main() -> None:
         choices=["wall", "cpu"],
         help="cpu: processor seconds, more stable on a shared machine; valid with one thread",
     )
+    parser.add_argument("--memory", nargs="+", default=["default"], choices=MEMORY)
     parser.add_argument("--out", type=Path, help="JSON file to add results to")
     parser.add_argument("--anew", action="store_true", help="remove earlier results from --out")
     parser.add_argument(
@@ -184,6 +228,20 @@ def main() -> None:
     if args.show:
         print(table(json.loads(args.out.read_text())["results"]))
         return
+    if args.out and args.anew:
+        args.out.unlink(missing_ok=True)
+    plain = {name: value for name, value in os.environ.items() if name not in HEAP_KEPT}
+    for memory in args.memory:
+        if dict(os.environ) == plain | MEMORY[memory]:
+            run_grid(args, memory)
+            continue
+        again = [own for own in sys.argv[1:] if own != "--anew"]
+        command = [sys.executable, __file__, *again, "--memory", memory]
+        subprocess.run(command, env=plain | MEMORY[memory], check=True)
+
+
+def run_grid(args: argparse.Namespace, memory: str) -> None:
+    """Measure all settings under the memory condition of this process."""
     torch.set_num_threads(args.threads)
     clock = "cuda" if args.device == "cuda" else args.clock
     machine = {
@@ -193,13 +251,13 @@ def main() -> None:
         "clock": clock,
         "torch": torch.__version__,
     }
-    if args.out and args.anew:
-        args.out.unlink(missing_ok=True)
     for dtype, D, V in itertools.product(args.dtype, args.d, args.v):
         runs = methods(args.rows, D, V, args.k, DTYPES[dtype], args.device)
         if args.only:
-            runs = {name: run for name, run in runs.items() if name in {"products", *args.only}}
+            wanted = {"products", *args.only}
+            runs = {name: run for name, run in runs.items() if method_of(name) in wanted}
         row = {"dtype": dtype, "D": D, "V": V, "rows": args.rows, "repeats": args.repeats}
+        row["memory"] = memory
         row |= measure(runs, args.repeats, clock)
         print(json.dumps(row), flush=True)
         if args.out:

@@ -1,16 +1,15 @@
 """Measure the memory of `Cache.statistics` by number of shards.
 
-    python benchmarks/many_shards.py [--shards 2000]
+    python benchmarks/many_shards.py --out benchmarks/many_shards.json
 
 The commands info, card, push and cache call this function. The shards have eight windows of 64
-tokens, which differ only in their numbers, in a local folder. Prints the growth of the peak
+tokens, which differ only in their numbers, in a local folder. The result is the growth of the peak
 resident memory per shard, from 10 % of the shards to all.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.faults.forge import Shard, write_identity
 from tests.store.draws import identity, records
 
+from measuring import machine, publish
 from sparselogits.store import Cache
 
 
@@ -32,7 +32,9 @@ def peak_mib() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=2000)
-    shards = parser.parse_args().shards
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    shards = given.shards
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         shard = Shard.of(identity(), records("counts", 0, 8))
@@ -47,16 +49,13 @@ def main() -> None:
             assert Cache.open(root).statistics().shards == count
             peaks.append(peak_mib())
     grown = peaks[1] - peaks[0]
-    print(
-        json.dumps(
-            {
-                "shards": shards,
-                "peak_mib": round(peaks[1], 1),
-                "mib_per_shard": round(grown / (shards - shards // 10), 4),
-            },
-            indent=2,
-        )
-    )
+    report = {
+        "machine": machine(),
+        "settings": {"shards": shards},
+        "peak_mib": round(peaks[1], 1),
+        "mib_per_shard": round(grown / (shards - shards // 10), 4),
+    }
+    publish(report, given.out)
 
 
 if __name__ == "__main__":

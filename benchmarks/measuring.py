@@ -14,6 +14,9 @@ import torch
 
 from sparselogits.teacher.number_formats import has_products
 
+HEAP_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999"}
+"""Environment in which glibc's allocator keeps freed pages for the next tensor."""
+
 
 def machine() -> dict[str, Any]:
     """Return the properties of the machine and the versions that affect times."""

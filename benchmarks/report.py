@@ -130,13 +130,14 @@ def loss(found: dict[str, Any]) -> str:
     """Return the table of losses divided by the three matrix products."""
     rows = found["results"]
     methods = list(dict.fromkeys(m for row in rows for m in row["ratio_to_products"]))
-    shape = ("dtype", "D", "V", "rows", "repeats")
+    known = ("dtype", "D", "V", "memory", "rows", "repeats", "torch_tuned_rows")
+    shape = [k for k in known if any(k in row for row in rows)]
 
     def cells(row: dict[str, Any]) -> list[Any]:
         measured = row["ratio_to_products"]
         most = LOSS_TARGET if row["D"] >= 512 else NARROW_LOSS_TARGET
         return [
-            *(str(row[k]) for k in shape),
+            *(str(row.get(k, "-")) for k in shape),
             *(
                 marked(measured[m], most=most if m.startswith("ours") else None)
                 if m in measured
@@ -148,31 +149,12 @@ def loss(found: dict[str, Any]) -> str:
     return table((*shape, *methods), map(cells, rows))
 
 
-LOSS_MEMORY = """Memory: measured with the system's default allocator, which maps every large tensor
-again at each allocation. `F.cross_entropy` allocates the most memory, so most of its difference to
-the sparse loss is due to page faults. With the heap kept (`MALLOC_MMAP_MAX_=0`) these files contain
-no ratios. Numbers of an audit, which are not in this repository, compared with those of `loss.json`
-at V = 49 152:
-
-| D | memory | ours | cross_entropy |
-|---|---|---|---|
-| 128 | default (ours_12, loss.json) | {ours_128} | {ce_128} |
-| 128 | heap kept (audit) | 1.12 | 1.19 |
-| 512 | default (ours_12, loss.json) | {ours_512} | {ce_512} |
-| 512 | heap kept (audit) | 1.05 | 1.05 |
-
-In both conditions the sparse loss is not slower than `F.cross_entropy` at these sizes; with the
-heap kept it is not faster at D = 512. `torch_chunked` is torch's automatic choice of chunks. With
-`batch_chunk_size=256` the audit measured 0.314 s compared with 0.280 s of ours at D = 128, and
-1.03 s compared with 0.96 s at D = 512."""
-
-
-def loss_memory(found: dict[str, Any]) -> str:
-    """Return the results of the loss under both memory conditions."""
-    rows = {row["D"]: row["ratio_to_products"] for row in found["results"] if row["V"] == 49152}
-    names = {"ours": "ours_12", "ce": "cross_entropy"}
-    cells = {f"{k}_{d}": number(rows[d][name]) for k, name in names.items() for d in (128, 512)}
-    return LOSS_MEMORY.format(**cells)
+LOSS_MEMORY = """`memory`: "default" is the system's allocator, which maps every large tensor again
+at each allocation; "kept" keeps freed pages (`MALLOC_MMAP_MAX_=0`), in another process.
+`F.cross_entropy` allocates the most memory and differs the most between the two. Files without this
+column are measured with the default. `torch_chunked` is torch's chunked loss with its automatic
+choice of chunks, `torch_tuned` the same with the fastest of `batch_chunk_size` 64, 128, 256 and 512
+(`torch_tuned_rows`)."""
 
 
 def anything(found: dict[str, Any]) -> str:
@@ -361,6 +343,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("decode", "Reading a cache (30 M entries and 2 M tokens per second, 2 ms per random window)",
      anything),
     ("size", "Size of a cache", anything),
+    ("many_shards", "Memory of a cache's statistics", anything),
     ("retokenize", "Rewriting a cache for another tokenizer", anything),
     ("gpu", "On one GPU (the loss at most 1.10, and no slower than quack)", gpu),
 ]  # fmt: skip
@@ -377,7 +360,7 @@ def section(name: str, title: str, render: Callable[[dict[str, Any]], str]) -> s
         found = json.loads(file.read_text())
         try:
             parts += [render(found), conditions(found)]
-            parts += [loss_memory(found)] if file.name == "loss.json" else []
+            parts += [LOSS_MEMORY] if file.name == "loss_rivals.json" else []
         except (KeyError, TypeError, AttributeError) as error:
             parts.append(f"Not measured: {file.name} lacks {error}; run the script again.")
     if not files:

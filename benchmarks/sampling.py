@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measuring import interleaved, machine, publish, ratios, spread
+from measuring import HEAP_KEPT, interleaved, machine, publish, ratios, spread
 from sparselogits.samplers import (
     Multinomial,
     Systematic,
@@ -42,8 +42,11 @@ from sparselogits.samplers import (
 )
 from sparselogits.samplers.distribution import Blocks
 
-WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999"}
-CONDITIONS = {"warm": WARM, "warm_without_compiler": WARM | {"CC": "false"}, "default": {}}
+CONDITIONS = {
+    "warm": HEAP_KEPT,
+    "warm_without_compiler": HEAP_KEPT | {"CC": "false"},
+    "default": {},
+}
 
 
 def teacher_like(positions: int, vocabulary: int, device: str = "cpu") -> Tensor:
