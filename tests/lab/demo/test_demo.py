@@ -66,6 +66,7 @@ def test_its_table_has_the_stored_figures(found):
     assert columns["method"] == [*(method["name"] for method in METHODS), "the teacher"]
     stored = json.loads((found.report.parent / "demo.json").read_text())
     assert stored["results"] == found.results.model_dump(mode="json")
+    assert stored["elapsed_s"] > sum(run["seconds"] or 0 for run in stored["results"]["runs"])
     rows = stored["results"]["methods"]
     assert columns["KL"] == [*(f"{row['figures']['kl']['mean']:.3f}" for row in rows), "0.000"]
     assert columns["entries"][0] == "-"
@@ -112,6 +113,7 @@ def test_what_is_finished_is_not_done_again(found, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert again.samples == found.samples
     assert again.results.methods == found.results.methods
+    assert json.loads((out / "demo.json").read_text())["elapsed_s"] is None
 
 
 def test_the_models_continue_a_page_and_answer(found):

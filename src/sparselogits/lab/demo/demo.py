@@ -7,7 +7,8 @@ The demo is a comparison (lab/compare/comparison.py lists its files), to which t
       recipe.yaml               recipe of the comparison, which can be edited for `compare`
       student/                  student trained from the cache of systematic rounds
       samples.json              samples of generated text
-      demo.json, demo.html      results with the samples, and the page
+      demo.json, demo.html      results with the samples and the elapsed seconds (null if the demo
+                                was resumed), and the page
       window-0.html             page that shows the first window of the cache
 
 An interrupted demo is resumed by the same command; finished runs are not repeated.
@@ -161,7 +162,7 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
         SparseLogitsError: If the comparison cannot be run in the folder.
     """
     require_demo()
-    started = time.perf_counter()
+    started, resumed = time.perf_counter(), (out / "recipe.yaml").exists()
     scale = scale or SCALES[demo_dtype()]
     text = demo_text(out, scale.characters)
     recipe = demo_recipe(out, text, scale)
@@ -180,7 +181,9 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
     samples = _samples(out, runs, teacher, tokenizer)
     result = DemoResult(results, samples, out / PAGE, student)
     _write_page(result, recipe, text, teacher, tokenizer)
-    write_whole(out / "demo.json", json.dumps(result.to_json(), indent=1) + "\n")
+    elapsed = None if resumed else round(time.perf_counter() - started, 1)
+    stored = {"elapsed_s": elapsed} | result.to_json()
+    write_whole(out / "demo.json", json.dumps(stored, indent=1) + "\n")
     for run in results.runs:
         if run.method not in SAMPLED:  # half a gigabyte each, and not used again
             shutil.rmtree(out / str(run.folder) / "model", ignore_errors=True)
