@@ -109,6 +109,9 @@ def readme() -> Iterator[str]:
     yield f"RS-KD closes {span(shares, '.0f')} % of the gap to full distillation in four settings"
     yield f"systematic rounds are ahead of RS-KD in loss in {ahead()} and not distinguishable"
     yield f"they are ahead in KL in {NUMERALS[1]} of {Findings().healed_pairs()}"
+    yield f"({stored('deciding').seeds} seeds, one starting student) they are ahead by {decided()}"
+    more = Findings().more_bytes("RS-KD 22", "systematic 14").replace(SPACE, " ")
+    yield f"level with RS-KD with {more} more bytes"
     seeds = NUMERALS[len({own.seed for own in stored("healing_on_policy").arms})]
     yield f"Means over {seeds} seeds, {Findings().steps_of_arms()} steps"
     full, cache = "full KD", "healed for longer"
@@ -128,6 +131,14 @@ def readme() -> Iterator[str]:
     larger = facts.teacher.parameters / facts.student_parameters.layers24
     assert round(larger, 1) == 1.2
     yield "The teacher is only a fifth larger than the student"
+
+
+def decided() -> str:
+    """Return the endpoint of experiments/deciding.py in words."""
+    found = stored("deciding")
+    assert found.verdict == "confirmed"
+    own = found.endpoints["systematic 14 - RS-KD 15 (endpoint)"]
+    return f"{-own.mean:.3f} nats of KL ({-own.high:.3f} to {-own.low:.3f})"
 
 
 def arms(one: str, other: str, metric: str) -> Estimate:
@@ -168,6 +179,7 @@ def losses(name: str, memory: str = "default") -> dict[Any, Any]:
     return {
         (own.dtype, own.D, own.V): {n: q.median for n, q in own.ratio_to_products.items()}
         for own in stored(name).results
+        if own.get("memory", "default") == memory
     }
 
 
@@ -179,7 +191,6 @@ def loss() -> Iterator[str]:
     yield f"are noise, up to {max(max(own) - min(own) for own in cells):.2f}."
     for width, most in ((128, 1.35), (512, 1.10), (2048, 1.10)):
         rows = [own for (_, d, _), own in all_sizes.items() if d == width]
-        if own.get("memory", "default") == memory
         ours = [v for own in rows for n, v in own.items() if n.startswith("ours")]
         missed = sum(float(f"{value:.4g}") > most for value in ours)
         other = span([own["cross_entropy"] for own in rows], ".2f")
@@ -324,6 +335,7 @@ def noise_ratio(name: str) -> float:
 
 def time_to_read() -> Iterator[str]:
     decode, scale = stored("decode"), stored("scale")
+    yield f"took {stored('many_shards').mib_per_shard:.4f} MiB per shard"
     few, many = decode.decoding["N=21"], decode.decoding["N=50"]
     yield (
         f"{few.entries_per_position:.1f} entries per token at N = 21, "
@@ -335,7 +347,6 @@ def time_to_read() -> Iterator[str]:
     ):
         cells = f"{few[name]:.1f} | {many[name]:.1f} | {aim}".strip()
         yield f"| decoding {said}, M entries/s | {cells}"
-    yield f"took {stored('many_shards').mib_per_shard:.4f} MiB per shard"
     own, opening = decode.reading, decode.opening
     rates = (own.sequential_million_tokens_per_second, own.dataset_million_tokens_per_second)
     yield f"M tokens/s | {span(rates, '.1f')} |"
@@ -886,6 +897,14 @@ def ahead() -> str:
     return f"{NUMERALS[won]} of {NUMERALS[len(pairs)]} comparisons"
 
 
+def compare() -> Iterator[str]:
+    old, new = (Findings().covered(kind, 4) for kind in ("bootstrap", "both"))
+    yield (
+        f"its 95 % intervals contain the truth in {old} % of simulated experiments, those of "
+        f"`both` in {new} %"
+    )
+
+
 def recipes() -> Iterator[str]:
     six = BY_FILE["small_teacher_converged"].seeds().less("systematic 12", "RS-KD 12")
     assert six is not None
@@ -896,6 +915,7 @@ def recipes() -> Iterator[str]:
         f"in KL ahead in one of {Findings().healed_pairs()} comparisons with pruned and quantised "
         f"students (with {percent(more)} more bytes) and with masked language models"
     )
+    yield f"pre-registered with {stored('deciding').seeds} seeds ahead by {decided()}"
     masked = stored("masked").methods
     pairs = zip(masked["systematic 12"].kl, masked["RS-KD 12"].kl, strict=True)
     assert side(t_interval([own - other for own, other in pairs])) == -1
@@ -1020,6 +1040,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "README.md": readme,
     "docs/index.md": figure,
     "docs/loss.md": loss,
+    "docs/compare.md": compare,
     "docs/format.md": file_format,
     "docs/planning.md": planning,
     "docs/scaling.md": scaling,

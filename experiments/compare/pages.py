@@ -240,6 +240,7 @@ class Findings:
         self.small_vocabulary = stored("small_vocabulary.json")
         self.many_epochs = stored("many_epochs.json")
         self.masked = stored("masked.json")
+        self.coverage = stored("interval_coverage.json")["coverage"]
         self.drafting = stored("drafting_small_teacher.json")
         self.healing_table = "\n".join(healing())
         self.on_policy = stored("healing_on_policy.json")
@@ -393,6 +394,35 @@ class Findings:
                 cells.append("below 1e-6" if p < 1e-6 else f"{p:.2g}")
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
+
+    def endpoint(self, name: str) -> str:
+        """Return an endpoint of the pre-registered comparison with its interval."""
+        own = self.deciding["endpoints"][name]
+        return said(Estimate(own["mean"], own["low"], own["high"], 0), 4, 1, "+")
+
+    def stored_bytes(self, arm: str) -> str:
+        """Return the bytes per token of an arm of the pre-registered comparison."""
+        return f"{self.deciding['bytes_per_token'][arm]:.1f}"
+
+    def more_bytes(self, arm: str, other: str) -> str:
+        """Return by how much the bytes of one arm exceed those of another, in per cent."""
+        took = self.deciding["bytes_per_token"]
+        return f"{100 * (took[arm] / took[other] - 1):.0f}{SPACE}%"
+
+    def kept(self, arm: str) -> str:
+        """Return the share of full KD's lead over CE in KL that an arm keeps, in per cent."""
+        kl = self.deciding["kl"]
+        above = less(kl, "CE", arm)
+        share = fieller_interval(above, less(kl, "CE", "full KD"))
+        return percent(Estimate(100 * share.mean, 100 * share.low, 100 * share.high, 0))
+
+    def covered(self, kind: str, least: float) -> str:
+        """Return the range of an interval's coverage where seeds differ by at least `least`.
+
+        `least` is the ratio of interval_coverage.py: the seeds' deviation to the windows'.
+        """
+        found = [100 * own[kind] for ratio, own in self.coverage.items() if float(ratio) >= least]
+        return f"{min(found):.0f} to {max(found):.0f}"
 
     def arms_table(self, found: Mapping[str, Any], reference: str) -> str:
         """Return the table of the arms of a pre-registered experiment: means over seeds, bytes."""
