@@ -128,6 +128,30 @@ def test_an_average_of_adapters_is_the_mean_of_the_models_that_they_make(tmp_pat
         torch.testing.assert_close(found, sum(each[name] for each in expected) / 3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft: tied weights are adapted
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_average_of_adapters_of_tied_weights_computes_what_they_compute(tmp_path, target):
+    """Merged into the one weight of both, embedding and head would change together."""
+    base = saved(tmp_path / "base", tiny_llama(0, tie_word_embeddings=True))
+    folders, expected, ids = [], [], torch.tensor([[5, 6, 7, 8]])
+    for number in range(2):
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base),
+            LoraConfig(r=2, lora_alpha=2 + number, target_modules=[target]),
+        )
+        torch.manual_seed(0)  # the same adapter, so the average computes what each does
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=(2 / (2 + number)) ** 0.5)
+        folders.append(tmp_path / f"adapter-{number}")
+        adapted.save_pretrained(folders[-1])
+        expected.append(adapted.eval()(ids).logits)
+    torch.testing.assert_close(expected[0], expected[1])
+    average_checkpoints(folders, tmp_path / "mean")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "mean").eval()(ids).logits
+    torch.testing.assert_close(found, expected[0])
+
+
 def test_two_models_are_in_memory(tmp_path, monkeypatch):
     """No earlier checkpoint is alive when the next one is loaded."""
     folders = [saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(4)]

@@ -21,6 +21,7 @@ from sparselogits.teacher.loading import (
     load_tokenizer,
     require_dtype,
 )
+from sparselogits.train.saving import without_adapter
 from sparselogits.train.student import require_finite_weights
 from sparselogits.untrusted import shown
 
@@ -41,8 +42,8 @@ def average_checkpoints(
 
     Adapters are merged into their base models before, since the mean of the matrices of an adapter
     is not the mean of the weights. The average of drafters has the draft vocabulary of the
-    drafters. The folder also contains a
-    model card, and the first tokenizer that a checkpoint has, if any.
+    drafters. The folder also contains a model card, and the first tokenizer that a checkpoint has,
+    if any.
 
     Args:
         folders: at least two model folders of the same architecture: checkpoints of the Trainer, or
@@ -86,12 +87,12 @@ def average_checkpoints(
             )
     model = load_language_model(names[0])  # in the number format of its files
     saved = next(model.parameters()).dtype if dtype == "auto" else DTYPES[dtype]
-    model = _without_adapter(model.float())
+    model = without_adapter(model.float())
     averaged: Any = AveragedModel(model)  # copies the model
     for done, name in enumerate(names, 1):
         if done > 1:
             del model  # before the next one is loaded, so that only two models are in memory
-            model = _without_adapter(load_language_model(name, dtype="float32"))
+            model = without_adapter(load_language_model(name, dtype="float32"))
         require_finite_weights(model, f"the checkpoint at {name}")
         _require_same_shapes(averaged.module, model, names[0], name)
         _require_same_settings(averaged.module, model, names[0], name)
@@ -144,12 +145,6 @@ def _require_same_settings(one: Any, other: Any, here: str, there: str) -> None:
 
 def _ignored(name: str) -> bool:
     return name.startswith("_") or name.endswith("token_id") or name in _OF_THE_FILE
-
-
-def _without_adapter(model: nn.Module) -> nn.Module:
-    """Return a model with its adapter merged into the weights; other models are returned as is."""
-    merge: Any = getattr(model, "merge_and_unload", None)
-    return model if merge is None else merge()
 
 
 def _card(names: Sequence[str]) -> str:

@@ -55,8 +55,7 @@ def save_student(
     """
     if hasattr(model, "merge_and_unload"):
         _replace(out / "adapter", lambda folder: model.save_pretrained(folder))  # type: ignore[operator]
-        _untie_adapted(model)
-        model = model.merge_and_unload()  # type: ignore[operator]
+    model = without_adapter(model)
     model.to(dtype)
     if draft is not None:
         head = model.get_output_embeddings()  # type: ignore[operator]
@@ -78,6 +77,14 @@ def save_student(
         write_whole(folder / "README.md", card)
 
     _replace(out / "model", save)
+
+
+def without_adapter(model: nn.Module) -> nn.Module:
+    """Merge the adapter of a PEFT model into the weights; return other models as they are."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    _untie_adapted(model)
+    return model.merge_and_unload()  # type: ignore[operator, no-any-return]
 
 
 def _untie_adapted(model: Any) -> None:
