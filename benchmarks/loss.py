@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measuring import HEAP_KEPT, interleaved, processor, ratios, spread
+from measuring import HEAP_KEPT, environment, interleaved, processor, ratios, spread
 from sparselogits.losses import TeacherHead, linear_dense_kd, linear_sparse_cross_entropy
 
 MEMORY = {"default": {}, "kept": HEAP_KEPT}
@@ -230,14 +230,14 @@ def main() -> None:
         return
     if args.out and args.anew:
         args.out.unlink(missing_ok=True)
-    plain = {name: value for name, value in os.environ.items() if name not in HEAP_KEPT}
     for memory in args.memory:
-        if dict(os.environ) == plain | MEMORY[memory]:
+        wanted = environment(MEMORY[memory])
+        if dict(os.environ) == wanted:
             run_grid(args, memory)
             continue
         again = [own for own in sys.argv[1:] if own != "--anew"]
         command = [sys.executable, __file__, *again, "--memory", memory]
-        subprocess.run(command, env=plain | MEMORY[memory], check=True)
+        subprocess.run(command, env=wanted, check=True)
 
 
 def run_grid(args: argparse.Namespace, memory: str) -> None:

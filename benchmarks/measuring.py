@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import time
@@ -16,6 +17,12 @@ from sparselogits.teacher.number_formats import has_products
 
 HEAP_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999"}
 """Environment in which glibc's allocator keeps freed pages for the next tensor."""
+
+
+def environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's variables with changes, and by default without those of `HEAP_KEPT`."""
+    plain = {name: value for name, value in os.environ.items() if name not in HEAP_KEPT}
+    return plain | dict(changes)
 
 
 def machine() -> dict[str, Any]:

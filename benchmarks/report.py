@@ -153,8 +153,8 @@ LOSS_MEMORY = """`memory`: "default" is the system's allocator, which maps every
 at each allocation; "kept" keeps freed pages (`MALLOC_MMAP_MAX_=0`), in another process.
 `F.cross_entropy` allocates the most memory and differs the most between the two. Files without this
 column are measured with the default. `torch_chunked` is torch's chunked loss with its automatic
-choice of chunks, `torch_tuned` the same with the fastest of `batch_chunk_size` 64, 128, 256 and 512
-(`torch_tuned_rows`)."""
+choice of chunks, `torch_tuned` the same with the fastest `batch_chunk_size` of those tried, a power
+of two from 64 rows to all of them (`torch_tuned_rows`)."""
 
 
 def anything(found: dict[str, Any]) -> str:

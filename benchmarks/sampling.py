@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measuring import HEAP_KEPT, interleaved, machine, publish, ratios, spread
+from measuring import HEAP_KEPT, environment, interleaved, machine, publish, ratios, spread
 from sparselogits.samplers import (
     Multinomial,
     Systematic,
@@ -135,10 +134,10 @@ def main() -> None:
         print(json.dumps(measure(arguments)))
         return
     found = {}
-    for condition, environment in CONDITIONS.items():
+    for condition, changes in CONDITIONS.items():
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--condition", condition],
-            env=os.environ | environment,
+            env=environment(changes),
             stdout=subprocess.PIPE,
             check=True,
         )

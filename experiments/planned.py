@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sparselogits.locks import Held, lock_file
 from sparselogits.samplers import Sampler
 from sparselogits.samplers.uniforms import window_uniforms
 from sparselogits.store.codec import TargetCodec, TargetWindow, codec_for
+from sparselogits.targets import SparseTargets
 
 Means = Mapping[str, Mapping[str, Sequence[float]]]
 """Mean `loss` and `kl` per arm, with one value per seed."""
@@ -54,14 +55,26 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 def bytes_per_token(sampler: Sampler, logits: Sequence[Tensor], tokens: Sequence[Tensor]) -> float:
     """Measure the bytes per token of a sampler's coded targets, without a shard's coding tables."""
     codec = TargetCodec.from_identity(codec_for(sampler), logits[0].shape[1])
-    windows = []
-    for index, (own, ids) in enumerate(zip(logits, tokens, strict=True)):
-        uniforms = window_uniforms(0, index, len(ids), sampler.uniforms_per_position)
-        present = np.ones(len(ids), np.bool_)
-        targets = codec.rounded(sampler(own, uniforms), 0, index)
-        windows.append(TargetWindow(targets, ids.numpy().astype(np.int32), present))
+    stored = []
+    for index, own in enumerate(logits):
+        uniforms = window_uniforms(0, index, len(own), sampler.uniforms_per_position)
+        stored.append(codec.rounded(sampler(own, uniforms), 0, index))
+    return coded_bytes(stored, codec, tokens) / sum(len(ids) for ids in tokens)
+
+
+def coded_bytes(
+    stored: Sequence[SparseTargets], codec: TargetCodec, tokens: Iterable[Tensor]
+) -> int:
+    """Return the bytes of the coded targets of windows, without coding tables.
+
+    A shard shares its tables among hundreds of windows.
+    """
+    windows = [
+        TargetWindow(targets, ids.numpy().astype(np.int32), np.ones(len(ids), np.bool_))
+        for targets, ids in zip(stored, tokens, strict=True)
+    ]
     _, blocks = codec.encode(windows)
-    return sum(len(block) for block in blocks) / sum(len(ids) for ids in tokens)
+    return sum(len(block) for block in blocks)
 
 
 def each_seed(work: Path, seeds: int, run: Callable[[int], None]) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planned import coded_bytes
 from sparselogits import SparseTargets
 from sparselogits.samplers import (
     Adaptive,
@@ -41,7 +42,7 @@ from sparselogits.samplers import (
     fit_budget,
     window_uniforms,
 )
-from sparselogits.store.codec import TargetCodec, TargetWindow, codec_for
+from sparselogits.store.codec import TargetCodec, codec_for
 from sparselogits.targets import offsets_from_lengths
 from sparselogits.teacher.loading import load_teacher, load_tokenizer
 from spatial_draws import LocalPivotal, by_local_direction, by_local_tree
@@ -277,18 +278,6 @@ def measure(
             "error_x_bits": error / positions * bits,
         }
     return found
-
-
-def coded_bytes(stored: list[SparseTargets], codec: TargetCodec, tokens: Tensor) -> int:
-    """Return the bytes of the coded targets, without coding tables."""
-    present = np.ones(tokens.shape[1], np.bool_)
-    windows = [
-        TargetWindow(targets, window.numpy().astype(np.int32), present)
-        for targets, window in zip(stored, tokens, strict=True)
-    ]
-    # a shard shares its tables among hundreds of windows, so they are not counted
-    _, blocks = codec.encode(windows)
-    return sum(len(block) for block in blocks)
 
 
 def error_at_bits(rows: list[dict], levels: list[float]) -> dict[str, dict[str, float]]:

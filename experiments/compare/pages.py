@@ -172,6 +172,18 @@ def percent(found: Estimate | None) -> str:
     return re.sub(r"^-?[\d.]+", lambda mean: f"{mean[0]}{SPACE}%", said(found, 0))
 
 
+def difference(own: Mapping[str, Any]) -> str:
+    """Format a stored difference with its interval, for example "-0.0152 (-0.0169 to -0.0136)"."""
+    return said(Estimate(own["mean"], own["low"], own["high"], own["units"]), 4, 1, "+")
+
+
+def share_of_lead(kl: Mapping[str, Sequence[float]], method: str) -> str:
+    """Format the share of full KD's lead over CE in KL that a method keeps, in per cent."""
+    share = fieller_interval(less(kl, "CE", method), less(kl, "CE", "full KD"))
+    ends = (None if end is None else 100 * end for end in (share.low, share.high))
+    return percent(Estimate(100 * share.mean, *ends, share.units))
+
+
 def overview() -> list[str]:
     """Return the table of all settings: loss, and closed share of the gap with its interval."""
     head = ["setting", "student", "tokens of text", *OVERVIEW]
@@ -332,10 +344,9 @@ class Findings:
 
     def masked_share(self, method: str) -> str:
         """Return the share of the way from CE's KL to full KD's that a method covers."""
-        kl = {name: row["kl"] for name, row in self.masked["methods"].items()}
-        share = fieller_interval(less(kl, "CE", method), less(kl, "CE", "full KD"))
-        ends = (None if end is None else 100 * end for end in (share.low, share.high))
-        return percent(Estimate(100 * share.mean, *ends, share.units))
+        return share_of_lead(
+            {name: row["kl"] for name, row in self.masked["methods"].items()}, method
+        )
 
     def masked_mean(self, method: str, metric: str, digits: int, scale: float = 1) -> str:
         """Return the mean of a metric of experiments/masked over seeds."""
@@ -388,7 +399,7 @@ class Findings:
             "|---|---|" + "---|" * corrected,
         ]
         for name, own in named:
-            cells = [name, said(Estimate(own["mean"], own["low"], own["high"], 0), 4, 1, "+")]
+            cells = [name, difference(own)]
             if corrected:
                 p = own["p_holm"]
                 cells.append("below 1e-6" if p < 1e-6 else f"{p:.2g}")
@@ -397,8 +408,7 @@ class Findings:
 
     def endpoint(self, name: str) -> str:
         """Return an endpoint of the pre-registered comparison with its interval."""
-        own = self.deciding["endpoints"][name]
-        return said(Estimate(own["mean"], own["low"], own["high"], 0), 4, 1, "+")
+        return difference(self.deciding["endpoints"][name])
 
     def stored_bytes(self, arm: str) -> str:
         """Return the bytes per token of an arm of the pre-registered comparison."""
@@ -411,10 +421,7 @@ class Findings:
 
     def kept(self, arm: str) -> str:
         """Return the share of full KD's lead over CE in KL that an arm keeps, in per cent."""
-        kl = self.deciding["kl"]
-        above = less(kl, "CE", arm)
-        share = fieller_interval(above, less(kl, "CE", "full KD"))
-        return percent(Estimate(100 * share.mean, 100 * share.low, 100 * share.high, 0))
+        return share_of_lead(self.deciding["kl"], arm)
 
     def covered(self, kind: str, least: float) -> str:
         """Return the range of an interval's coverage where seeds differ by at least `least`.
