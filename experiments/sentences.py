@@ -26,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from experiments.compare.pages import BY_FILE, HEALING, SPACE, Findings, healed  # noqa: E402
-from experiments.healing.tables import over_seeds_or_windows  # noqa: E402
 
 from loss import table as table_of_losses  # noqa: E402
 from sparselogits.evaluate.intervals import Estimate, t_interval  # noqa: E402
@@ -117,7 +116,7 @@ def readme() -> Iterator[str]:
     full, cache = "full KD", "healed for longer"
     both, alone = "healed, then on-policy", "on-policy for longer"
     sides = {
-        (metric, one, other): side(arms(one, other, metric))
+        (metric, one, other): side(Findings().less_of_arms(one, other, metric))
         for metric in ("kl", "reverse_kl_of_a_sequence")
         for one, other in combinations((full, cache, both, alone), 2)
     }
@@ -139,12 +138,6 @@ def decided() -> str:
     assert found.verdict == "confirmed"
     own = found.endpoints["systematic 14 - RS-KD 15 (endpoint)"]
     return f"{-own.mean:.3f} nats of KL ({-own.high:.3f} to {-own.low:.3f})"
-
-
-def arms(one: str, other: str, metric: str) -> Estimate:
-    """Return the difference of two arms of experiments/healing/on_policy.py, paired by seed."""
-    rows = ([row for row in stored("healing_on_policy").arms if row.arm == n] for n in (one, other))
-    return over_seeds_or_windows(*rows, metric)[0]
 
 
 def compress() -> Iterator[str]:

@@ -339,8 +339,12 @@ class Findings:
 
     def arms(self, name: str, other: str, metric: str, digits: int = 3) -> str:
         """Write the difference of two arms of on_policy.py, with its interval."""
+        return said(self.less_of_arms(name, other, metric), digits, 1, "+")
+
+    def less_of_arms(self, name: str, other: str, metric: str) -> Estimate:
+        """Return the difference of two arms of on_policy.py, paired by seed."""
         both = ([row for row in self.on_policy["arms"] if row["arm"] == n] for n in (name, other))
-        return said(over_seeds_or_windows(*both, metric)[0], digits, 1, "+")
+        return over_seeds_or_windows(*both, metric)[0]
 
     def masked_share(self, method: str) -> str:
         """Return the share of the way from CE's KL to full KD's that a method covers."""
