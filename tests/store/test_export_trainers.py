@@ -107,7 +107,7 @@ def test_distillkit_reads_the_heaviest_entries(tmp_path):
     assert (values["d"], values["k"], values["exact_k"]) == (V, k, k)
     bits = math.ceil(math.log2(V))
     for window, row in zip(windows, rows_of(tmp_path / "out"), strict=True):
-        assert row["input_ids"] == window.tokens.tolist()
+        assert row["input_ids"] == window.tokens[:-1].tolist()
         assert len(row["compressed_logprobs"]) == len(row["bytepacked_indices"]) == LENGTH - 1
         for position in range(LENGTH - 1):
             ids = numbers_of(row["bytepacked_indices"][position], bits, k)
@@ -128,9 +128,8 @@ def test_an_export_for_distillkit_is_imported_as_it_was(cache, tmp_path, tokeniz
     assert len(again) == len(opened)
     for number in range(len(opened)):
         before, after = opened.read(number), again.read(number)
-        assert np.array_equal(before.tokens, after.tokens)
-        length = len(before.tokens) - 1
-        dense = [own.targets[:length].dense() for own in (before, after)]
+        assert np.array_equal(before.tokens[:-1], after.tokens)
+        dense = [before.targets[:-1].dense(), after.targets.dense()]
         assert torch.allclose(*dense, rtol=1e-5, atol=1e-12)
 
 
@@ -141,7 +140,8 @@ def test_distillkit_has_no_place_for_masked_positions(tmp_path):
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_axolotl_reads_the_targets_of_the_token_itself(reset, tmp_path):
+def test_axolotl_reads_the_targets_of_the_token_that_a_position_predicts(reset, tmp_path):
+    """As the section "Target alignment" of the README of Axolotl's KD plugin defines it."""
     k = 30
     cache = build(tmp_path / "c", reset=reset)
     export(cache, tmp_path / "out", "axolotl", k=k)
@@ -150,23 +150,40 @@ def test_axolotl_reads_the_targets_of_the_token_itself(reset, tmp_path):
         assert row["input_ids"] == window.tokens.tolist()
         assert row["attention_mask"] == [1] * LENGTH
         assert row["labels"][0] == -100
-        assert row["target_mask"][0] == [0] * k
+        assert row["target_mask"][-1] == [0] * k
         starts = {0, *window.document_starts.tolist()} if reset else {0}
         since = [max(s for s in starts if s <= j) for j in range(LENGTH)]
         assert row["position_ids"] == [j - s for j, s in enumerate(since)]
-        for token in range(1, LENGTH):
-            used = learnt(window, token - 1, reset=reset)
-            assert row["labels"][token] == (int(window.tokens[token]) if used else -100)
-            assert len(set(row["target_token_ids"][token])) == k
-            triples = zip(
-                row["target_token_ids"][token],
-                row["target_logprobs"][token],
-                row["target_mask"][token],
-                strict=True,
-            )
-            found = {i: math.exp(x) for i, x, kept in triples if kept}
-            expected = entries(window, token - 1) if used else {}
-            assert found == pytest.approx(expected, rel=1e-5)
+        for position in range(LENGTH - 1):
+            used = learnt(window, position, reset=reset)
+            true = int(window.tokens[position + 1])
+            assert row["labels"][position + 1] == (true if used else -100)
+            assert len(set(row["target_token_ids"][position])) == k
+            expected = entries(window, position) if used else {}
+            assert likely(row, position) == pytest.approx(expected, rel=1e-5)
+
+
+def likely(row: dict[str, Any], position: int) -> dict[int, float]:
+    """Probability of each id that the target mask of a position includes."""
+    columns = ("target_token_ids", "target_logprobs", "target_mask")
+    triples = zip(*(row[name][position] for name in columns), strict=True)
+    return {i: math.exp(x) for i, x, kept in triples if kept}
+
+
+def test_axolotl_reads_probabilities_that_sum_to_one_over_the_list(tmp_path):
+    """As its own loader writes them; others would give its KL divergence a minimum below 0."""
+    cache = Cache.create(tmp_path / "c", identity("float32"))
+    cache.commit(records("float32", 0, WINDOWS), {})
+    export(cache, tmp_path / "out", "axolotl", k=3)
+    for number, row in enumerate(rows_of(tmp_path / "out")):
+        window = record("float32", number)
+        for position in range(LENGTH - 1):
+            if not learnt(window, position, reset=False):
+                continue
+            heaviest = sorted(entries(window, position).items(), key=lambda item: -item[1])[:3]
+            mass = sum(weight for _, weight in heaviest)
+            expected = {i: weight / mass for i, weight in heaviest}
+            assert likely(row, position) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ topk        Parquet with one row per window: tokens, and the K ids with the larg
 weighted    Parquet with one row per window of N + 1 tokens: input tokens [N], target tokens [N, K]
             and weights [N, K], with K the largest number of entries at a position of the window;
             the inputs of a weighted cross-entropy such as Tinker's
-distillkit  Parquet and compression_config.yaml: Top-K lists in DistillKit's packing, with the
-            logarithms in float32
+distillkit  Parquet and compression_config.yaml: one row per window of N + 1 tokens: input ids [N]
+            and Top-K lists for them in DistillKit's packing, with the logarithms in float32
 axolotl     Parquet: Top-K lists as token ids, in the columns of Axolotl's KD plugin
 datasets    folder for `datasets.load_from_disk`, with the columns of `lists`
 """
@@ -233,7 +233,11 @@ def _padded_heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array, _Arr
 
 
 def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the row of a window in the format `distillkit`; ids are packed high bits first."""
+    """Return the row of a window in the format `distillkit`; ids are packed high bits first.
+
+    The last token is omitted, because DistillKit's loss takes as many targets as input ids, and the
+    token that the last position predicts is in another window.
+    """
     labels = settings.labels(record)[:-1]
     if (labels == IGNORE_INDEX).any():
         raise InvalidArgumentError(
@@ -245,7 +249,7 @@ def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
     each = (ids[:-1, :, None] >> np.arange(bits - 1, -1, -1)) & 1
     packed = np.packbits(each.astype(np.uint8).reshape(len(labels), -1), axis=1)
     columns = {
-        "input_ids": pa.array(record.tokens.astype(np.uint64)),
+        "input_ids": pa.array(record.tokens[:-1].astype(np.uint64)),
         "compressed_logprobs": _matrix(logs[:-1].astype("<f4").view(np.uint8)),
         "bytepacked_indices": _matrix(packed),
     }
@@ -266,29 +270,29 @@ def _packing(settings: _Settings) -> str:
 def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
     """Return the row of a window in the format `axolotl`.
 
-    Each target is moved from the position that predicts a token to the position of the token.
+    Labels are those of the tokens, because the plugin shifts them. The plugin does not shift the
+    targets: those of position j are for the token that position j predicts. It expects
+    probabilities that sum to 1 over the list.
     """
     from sparselogits.documents import restarting_positions  # slow to import
 
-    labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)
+    labels = settings.labels(record)
     ids, logs, real = _padded_heaviest(record, settings.k)
+    real &= (labels != IGNORE_INDEX)[:, None]
+    mass = np.where(real, np.exp(logs), 0).sum(1, keepdims=True)
+    logs = np.where(real, logs - np.log(np.where(mass > 0, mass, 1)), np.float32(_NO_LOGPROB))
     packing, length = settings.identity.packing, len(labels)
     starts = record.document_starts if packing.get("reset_attention") else np.empty(0, np.int32)
     before_padding = text_length(packing.get("kind"), record.document_starts, length) or length
     (places,) = restarting_positions(length, [starts]).numpy().astype(np.int32)
-    moved = (
-        CAUSAL.at_tokens(part.T, filler).T
-        for part, filler in ((ids, 0), (logs, _NO_LOGPROB), (real, False))
-    )
-    ids, logs, real = moved
     columns = {
         "input_ids": pa.array(record.tokens),
-        "labels": pa.array(labels.astype(np.int32)),
+        "labels": pa.array(CAUSAL.at_tokens(labels, IGNORE_INDEX).astype(np.int32)),
         "attention_mask": pa.array((np.arange(length) < before_padding).astype(np.int8)),
         "position_ids": pa.array(places),
         "target_token_ids": _matrix(ids),
         "target_logprobs": _matrix(logs),
-        "target_mask": _matrix((real & (labels != IGNORE_INDEX)[:, None]).astype(np.int8)),
+        "target_mask": _matrix(real.astype(np.int8)),
     }
     return _table({}, columns)
 
