@@ -36,6 +36,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 _TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{12})-(\d+)(?:-(\d+))?-[0-9a-f]{12}")
 _HOME = re.compile(r"~([\w.-]*/|$)")
+_URL = re.compile(r"[a-z][a-z0-9+]+:/")  # a Path has one slash of the two
 _DAY = 86_400.0
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_SYNC_FOLDER = {
@@ -211,8 +212,9 @@ def require_new_folder(path: Path) -> None:
     Entries that operating systems create are ignored, see `is_clutter`.
 
     Raises:
-        InvalidArgumentError: the path exists and is not an empty folder.
+        InvalidArgumentError: the path exists and is not an empty folder, or is a URL.
     """
+    require_local(path)
     clean_leftovers(path)
     if not path.exists() and not path.is_symlink():
         return
@@ -222,6 +224,18 @@ def require_new_folder(path: Path) -> None:
     if found:
         raise InvalidArgumentError(
             f"{path} is not empty (it contains {found[0]}); give a new or empty folder"
+        )
+
+
+def require_local(path: Path) -> None:
+    """Validate that a path is no URL, for which a local folder named `s3:` would be created.
+
+    Raises InvalidArgumentError.
+    """
+    if _URL.match(str(path)):
+        raise InvalidArgumentError(
+            f"{path} is a URL; expected a path on this machine. Write to a local path, then copy "
+            "the result to the URL"
         )
 
 

@@ -39,3 +39,23 @@ def test_a_format_is_written_and_read_back(form, cache, tmp_path, monkeypatch, l
     else:
         assert rows[3]["ids"][0] == first.ids.tolist()
         assert np.float32(rows[3]["weights"][0]).tolist() == first.weights.tolist()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "{cache}"),
+        ("draft-vocabulary", "{cache}", "--size", "8"),
+        ("view", "{cache}"),
+        ("report", "{cache}"),
+        ("train", "--cache", "{cache}", "--student-config", "tiny"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_url_is_no_name_of_a_local_folder(words, cache, tmp_path, monkeypatch, line):
+    """It became a folder named `s3:` in the current one, so the results were not where named."""
+    monkeypatch.chdir(tmp_path)
+    found = line(*(word.format(cache=cache) for word in words), "--out", "s3://bucket/x")
+    assert found.code == 2
+    assert "s3:/bucket/x is a URL; expected a path on this machine" in found.err
+    assert not list(tmp_path.iterdir())

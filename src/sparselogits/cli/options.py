@@ -12,12 +12,20 @@ import typer
 from sparselogits.allowances import ALLOWANCES, allowing
 from sparselogits.console import messages
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.files import require_local
 from sparselogits.methods import BATCH_WINDOWS
 from sparselogits.untrusted import json_text
 
 if TYPE_CHECKING:
     from sparselogits.objectives import Masked
     from sparselogits.store import Cache
+
+
+def _local(value: Any) -> Any:
+    """Return the value of an output option; raise InvalidArgumentError for a URL as a Path."""
+    if isinstance(value, Path):
+        require_local(value)
+    return value
 
 
 class Group(str):
@@ -41,6 +49,8 @@ class Group(str):
             settings: further arguments of `typer.Option`.
         """
         show_default: Any = True if shown is None else shown
+        if self == "Output":
+            settings.setdefault("callback", _local)
         return typer.Option(
             default,
             *names,

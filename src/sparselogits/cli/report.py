@@ -6,14 +6,14 @@ from pathlib import Path
 
 import typer
 
-from sparselogits.cli.options import print_next
+from sparselogits.cli.options import OUTPUT, print_next
 from sparselogits.console import results
 
 
 def report(
     comparison: Path = typer.Argument(help="Folder of a comparison, or its results.json."),
-    out: Path | None = typer.Option(
-        None, help="Folder for the page and its charts.", show_default="the comparison's folder"
+    out: Path | None = OUTPUT(
+        "Folder for the page and its charts.", shown="the comparison's folder"
     ),
 ) -> None:
     """Write the report page of a comparison from results.json, even while the comparison runs."""
