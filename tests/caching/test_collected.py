@@ -24,6 +24,7 @@ from sparselogits.samplers import TopK, from_parameters
 from sparselogits.store import Cache, export, verify
 from sparselogits.targets import SparseTargets
 from tests.conftest import PADDED_VOCABULARY, tiny_llama, write_lines
+from tests.store.draws import identity, records
 
 V = PADDED_VOCABULARY
 LENGTH, K = 32, 6
@@ -115,6 +116,38 @@ def test_what_was_exported_is_imported_as_it_was(tmp_path, tokenizer, imported):
     for i in range(6):
         assert np.array_equal(again.cache.read(i).tokens, imported.read(i).tokens)
         same_targets(again.cache.read(i).targets, imported.read(i).targets)
+
+
+def test_document_starts_of_an_export_are_imported(tmp_path, tokenizer):
+    """Attention restarts there; without them a student would see more context than the teacher."""
+    cache = Cache.create(
+        tmp_path / "c", identity("float32", packing={"separator": 0, "reset_attention": True})
+    )
+    cache.commit(records("float32", 0, 4), {})
+    export(cache, tmp_path / "out", "topk", k=8)
+    again = import_collected(str(tmp_path / "out"), tokenizer, tmp_path / "d", vocab_size=1000)
+    assert again.cache.identity.packing["reset_attention"]
+    found = [again.cache.read(i).document_starts.tolist() for i in range(4)]
+    given = [cache.read(i).document_starts.tolist() for i in range(4)]
+    assert found == [sorted({0, *starts}) for starts in given]
+    assert max(map(len, found)) > 1
+
+
+def test_document_starts_are_validated(tmp_path, tokenizer):
+    plain = listed(sequences(1)[0])
+    for number, (starts, message) in enumerate(
+        [
+            ([[LENGTH]], f"document_starts contains {LENGTH}"),
+            ([[-1]], "document_starts contains -1"),
+            ([[1.5]], "document_starts are not all whole numbers"),
+            (["7"], "document_starts contains '7'; expected a list"),
+            ([None, [3]], "the first row has none"),
+        ]
+    ):
+        rows = [plain | {"document_starts": own} for own in starts]
+        data = write(tmp_path / f"{number}.jsonl", rows)
+        with pytest.raises(InvalidTargetsError, match=message):
+            import_collected(str(data), tokenizer, tmp_path / "c", vocab_size=V)
 
 
 def test_vllms_rows_belong_to_the_position_before(tmp_path, tokenizer):

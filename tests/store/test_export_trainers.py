@@ -186,6 +186,15 @@ def test_axolotl_reads_probabilities_that_sum_to_one_over_the_list(tmp_path):
             assert likely(row, position) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("form", ["lists", "topk", "weighted"])
+def test_rows_say_where_attention_restarts(form, tmp_path):
+    for reset in (False, True):
+        export(build(tmp_path / f"c{reset}", reset=reset), tmp_path / f"{form}{reset}", form)
+    assert all("document_starts" not in row for row in rows_of(tmp_path / f"{form}False"))
+    for number, row in enumerate(rows_of(tmp_path / f"{form}True")):
+        assert row["document_starts"] == record("counts", number).document_starts.tolist()
+
+
 @pytest.mark.parametrize(
     ("form", "options", "message"),
     [
@@ -193,9 +202,12 @@ def test_axolotl_reads_probabilities_that_sum_to_one_over_the_list(tmp_path):
         ("weighted", {"alpha": math.nan}, "alpha from 0 to 1"),
         ("axolotl", {"k": V + 1}, "cannot export 1001 different ids"),
         ("topk", {"k": 0}, "k of at least 1"),
+        ("weighted", {"k": 8}, "which has all entries of a position"),
+        ("lists", {"k": 50}, "which has all entries of a position"),
+        ("axolotl", {"alpha": 0.1}, "targets are those of the teacher alone"),
     ],
 )
-def test_options_out_of_range_are_refused(form, options, message, tmp_path):
+def test_options_out_of_range_or_without_effect_are_refused(form, options, message, tmp_path):
     cache = build(tmp_path / "c")
     with pytest.raises(InvalidArgumentError, match=message):
         export(cache, tmp_path / "out", form, **options)

@@ -25,6 +25,7 @@ from sparselogits.caching.collected_forms import (
     unnormalised,
 )
 from sparselogits.caching.collected_rows import (
+    STARTS,
     Collected,
     entries_per_position,
     fail,
@@ -145,7 +146,8 @@ def import_collected(
     sampler = TopK(entries_per_position(first.values, first.where) if k is None else k)
     length = tokens_of(first.values, first.where) if window is None else window
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
-    packing = packing_for(tokenizer, window_length=length, reset_attention=window is not None)
+    restarts = window is not None or first.values.get(STARTS) is not None
+    packing = packing_for(tokenizer, window_length=length, reset_attention=restarts)
     described = packing.to_json()
     del described["window_length"]
     rule = "as collected" if first.normalised else "as collected, normalised over the listed ids"
@@ -172,7 +174,7 @@ def import_collected(
     )
     cutter = _WindowCutter(length, whole_rows=window is None)
     sequences = (
-        (read_row(row.values, row.where, vocab_size, sampler.k), row.where)
+        (_read(row, vocab_size, sampler.k, restarts=restarts), row.where)
         for row in chain([first], rows)
     )
     with whole_folder(folder) as partial:
@@ -187,6 +189,21 @@ def import_collected(
                 "more rows, or a shorter window"
             )
     return ImportReport(Cache.open(folder), cutter.rows, cutter.left)
+
+
+def _read(row: _Row, vocab_size: int, k: int, *, restarts: bool) -> Collected:
+    """Return a row as arrays.
+
+    Raises InvalidTargetsError if the row is invalid, or has document starts and `restarts` is
+    False.
+    """
+    if not restarts and row.values.get(STARTS):
+        fail(
+            row.where,
+            f"the row has {STARTS}, but the first row has none, so attention does not restart",
+            f"Add {STARTS} to all rows, [] where a row is one document",
+        )
+    return read_row(row.values, row.where, vocab_size, k)
 
 
 class _WindowCutter:
@@ -298,7 +315,7 @@ def _loss_and_entropy(window: Collected) -> tuple[float, float]:
     surprise = -p * np.log(np.maximum(p, _LEAST))
     entropies = np.bincount(owner, surprise, minlength=count) - missing * np.log(missing)
     present = window.lengths > 0
-    labels = CAUSAL.labels(window.tokens, present)
+    labels = CAUSAL.labels(window.tokens, present, np.flatnonzero(window.starts))
     likelihood = missing.copy()
     listed = window.ids == labels[owner]
     likelihood[owner[listed]] = np.maximum(p[listed], _LEAST)

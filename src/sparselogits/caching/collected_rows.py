@@ -4,7 +4,9 @@ A row has token ids and logprobs in one of two formats. In the lists `topk_ids` 
 (or `top_ids` and `top_logprobs`, as written by `export --format topk`), element j is the teacher's
 distribution of the token *after* token j. In the list `prompt_logprobs` of vLLM, element j is the
 distribution *of* token j, {id: logprob} or {id: {"logprob": ...}}, and the first element is null. A
-null or empty element is a position without a target; entries with the logprob -inf are padding.
+null or empty element is a position without a target; entries with the logprob -inf are padding. The
+optional list `document_starts`, also written by `export`, has the positions at which the teacher's
+attention restarted, in addition to the beginning of the row.
 """
 
 from __future__ import annotations
@@ -30,10 +32,13 @@ LISTS = (("topk_ids", "topk_logprobs"), ("top_ids", "top_logprobs"))
 PROMPT = "prompt_logprobs"
 """Name of the column of ids and logprobs in vLLM's format."""
 
+STARTS = "document_starts"
+"""Name of the optional column of the positions at which attention restarts."""
+
 MASS_TOLERANCE = 1e-3
 """Amount by which a position's probabilities, rounded to half precision, may sum to more than 1."""
 
-_IGNORED = ("window_index",)  # a column of `export --format topk`
+_OPTIONAL = ("window_index", STARTS)  # columns of `export --format topk`
 _EXPECTED = f"one of {', '.join(TOKENS)}, and " + " or ".join(
     [*(" with ".join(pair) for pair in LISTS), PROMPT]
 )
@@ -49,7 +54,7 @@ class Collected:
 
     Args:
         tokens: int32 [n].
-        starts: bool [n], True for the first token of a row.
+        starts: bool [n], True for the first token of a row or of a document in it.
         lengths: int64 [n], number of entries per position; 0 for positions without a target.
         ids: int64 [E], in order of position and ascending within a position.
         weights: float32 [E], probabilities of the teacher.
@@ -134,8 +139,18 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
     present = np.bincount(owner, minlength=len(tokens))
     starts = np.zeros(len(tokens), np.bool_)
     starts[:1] = True
+    starts[_restarts(record, len(tokens), where)] = True
     weights = np.exp(logs).astype(np.float32)
     return Collected(tokens.astype(np.int32), starts, present, ids.astype(np.int64), weights)
+
+
+def _restarts(record: Mapping[str, Any], count: int, where: Where) -> _Array:
+    """Return the positions in the column `STARTS`, int64. Raises InvalidTargetsError."""
+    positions = as_numbers(_list(record.get(STARTS), STARTS, where), "iu", STARTS, where)
+    wrong = positions[(positions < 0) | (positions >= count)]
+    if len(wrong):
+        fail(where, f"{STARTS} contains {wrong[0]}; expected positions of the row's {count} tokens")
+    return positions.astype(np.int64)
 
 
 def _sets(
@@ -173,7 +188,7 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
     named = [name for name in TOKENS if name in record]
     pairs = [pair for pair in LISTS if all(name in record for name in pair)]
     shapes = [*pairs, *([(PROMPT,)] if PROMPT in record else [])]
-    if len(named) != 1 or len(shapes) != 1 or set(record) - {*named, *shapes[0], *_IGNORED}:
+    if len(named) != 1 or len(shapes) != 1 or set(record) - {*named, *shapes[0], *_OPTIONAL}:
         found = f"the columns are {', '.join(record)}"
         advice = "Rename or remove columns"
         fail(where, f"{found}; expected {_EXPECTED}, and no others", advice)

@@ -172,7 +172,9 @@ def export(
         "lists",
         "--format",
     ),
-    k: int = OUTPUT("Entries per token, for --format topk, distillkit and axolotl.", 50),
+    k: int | None = OUTPUT(
+        "Entries per token, for --format topk, distillkit and axolotl.", shown="50"
+    ),
     alpha: float = OUTPUT("Share of the true next token in the weights of --format weighted.", 0.0),
 ) -> None:
     """Write a cache in a format that other tools read without sparselogits."""

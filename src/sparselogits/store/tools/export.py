@@ -11,6 +11,10 @@ distillkit  Parquet and compression_config.yaml: one row per window of N + 1 tok
             and Top-K lists for them in DistillKit's packing, with the logarithms in float32
 axolotl     Parquet: Top-K lists as token ids, in the columns of Axolotl's KD plugin
 datasets    folder for `datasets.load_from_disk`, with the columns of `lists`
+
+Where the teacher's attention restarts within windows, or windows are padded, `lists`, `topk`,
+`weighted` and `datasets` have the column `document_starts`: the positions at which documents and
+padding begin.
 """
 
 from __future__ import annotations
@@ -29,13 +33,17 @@ from numpy.typing import NDArray
 
 from sparselogits.corpus.windows import text_length
 from sparselogits.errors import CacheError, InvalidArgumentError
-from sparselogits.files import require_new_folder, whole_folder
+from sparselogits.files import expanded, require_new_folder, whole_folder
 from sparselogits.identity import Identity
 from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
 
+_TOP_K = ("topk", "distillkit", "axolotl")
+"""Formats with k entries per position."""
+
+_K = 50
 _NO_LOGPROB = -10_000  # for padding: exp gives 0, and its product with 0 is not NaN
 
 _Array = NDArray[Any]
@@ -60,13 +68,20 @@ class _Settings:
         starts = record.document_starts if self.identity.packing.get("reset_attention") else None
         return CAUSAL.labels(record.tokens, record.mask, starts)
 
+    def document_starts(self, record: WindowRecord) -> dict[str, pa.Array]:
+        """Return the column of document starts, if attention restarts or windows are padded."""
+        packing = self.identity.packing
+        if not packing.get("reset_attention") and packing.get("kind") != "documents":
+            return {}
+        return {"document_starts": pa.array(record.document_starts.astype(np.int32))}
+
 
 def export(
     cache: Cache,
     out: str | Path,
     form: str,
     *,
-    k: int = 50,
+    k: int | None = None,
     alpha: float = 0.0,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -76,9 +91,9 @@ def export(
         cache: the cache.
         out: output folder, which must be missing or empty.
         form: output format, one of FORMATS.
-        k: number of entries per position in `topk`, `distillkit` and `axolotl`. Positions with
-            fewer entries are padded, in `topk` with id 0 and logarithm -inf, otherwise with ids of
-            logarithm -10,000.
+        k: number of entries per position in `topk`, `distillkit` and `axolotl`; None for 50.
+            Positions with fewer entries are padded, in `topk` with id 0 and logarithm -inf,
+            otherwise with ids of logarithm -10,000.
         alpha: share of the true token in the weights of the format `weighted`, from 0 to 1.
         progress: called with the numbers of windows done and in total.
 
@@ -87,10 +102,10 @@ def export(
 
     Raises:
         InvalidArgumentError: the format is unknown, k is below 1 (or, for `distillkit` and
-            `axolotl`, above the vocabulary size), alpha is outside of [0, 1], the folder is not
-            empty, or the format cannot represent the cache: `distillkit` requires a label at every
-            position but the last one of a window, and `weighted`, `distillkit` and `axolotl`
-            require a causal model.
+            `axolotl`, above the vocabulary size), alpha is outside of [0, 1], k or alpha is given
+            for a format without it, the folder is not empty, or the format cannot represent the
+            cache: `distillkit` requires a label at every position but the last one of a window, and
+            `weighted`, `distillkit` and `axolotl` require a causal model.
         CacheError: the cache is empty or damaged.
         StorageError: the folder cannot be written, or the cache cannot be reached; no partial
             export remains.
@@ -100,12 +115,23 @@ def export(
         >>> len(export(Cache.open("my-cache"), "exported", "lists")) >= 1
         True
     """
-    folder = Path(out)
-    if form not in FORMATS or k < 1 or not 0 <= alpha <= 1:
+    folder = expanded(out)
+    if form not in FORMATS or not 0 <= alpha <= 1 or (k is not None and k < 1):
         raise InvalidArgumentError(
-            f"cannot export to format {form!r} with k={k} and alpha={alpha}; choose one of "
-            f"{', '.join(FORMATS)}, k of at least 1, and alpha from 0 to 1"
+            f"cannot export to format {form!r} with k={_K if k is None else k} and alpha={alpha}; "
+            f"choose one of {', '.join(FORMATS)}, k of at least 1, and alpha from 0 to 1"
         )
+    if k is not None and form not in _TOP_K:
+        raise InvalidArgumentError(
+            f"k={k} was given for the format {form!r}, which has all entries of a position; leave "
+            f"k out, or choose one of {', '.join(_TOP_K)}"
+        )
+    if alpha and form != "weighted":
+        raise InvalidArgumentError(
+            f"alpha={alpha} was given for the format {form!r}, whose targets are those of the "
+            "teacher alone; leave alpha out, or choose the format weighted"
+        )
+    k = _K if k is None else k
     if form in ("distillkit", "axolotl") and k > cache.identity.vocab_size:
         raise InvalidArgumentError(
             f"cannot export {k} different ids of a vocabulary of {cache.identity.vocab_size}; give "
@@ -169,7 +195,7 @@ def _lists(record: WindowRecord, settings: _Settings) -> pa.Table:
     offsets = pa.array(targets.offsets.numpy().astype(np.int32))
     ids = pa.ListArray.from_arrays(offsets, pa.array(targets.ids.numpy().astype(np.int32)))
     weights = pa.ListArray.from_arrays(offsets, pa.array(targets.weights.numpy()))
-    return _row(record, {"ids": ids, "weights": weights})
+    return _row(record, settings, {"ids": ids, "weights": weights})
 
 
 def _heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array]:
@@ -197,7 +223,8 @@ def _top(record: WindowRecord, settings: _Settings) -> pa.Table:
     def rectangle(values: Any) -> pa.Array:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), settings.k)
 
-    return _row(record, {"top_ids": rectangle(ids), "top_logprobs": rectangle(logs)})
+    columns = {"top_ids": rectangle(ids), "top_logprobs": rectangle(logs)}
+    return _row(record, settings, columns)
 
 
 def _weighted(record: WindowRecord, settings: _Settings) -> pa.Table:
@@ -216,6 +243,7 @@ def _weighted(record: WindowRecord, settings: _Settings) -> pa.Table:
         "input_tokens": pa.array(record.tokens[:-1]),
         "target_tokens": _matrix(ids.astype(np.int32)),
         "weights": _matrix(weights.astype(np.float32)),
+        **settings.document_starts(record),
     }
     return _table({"window_index": pa.array([record.window_index], pa.int64())}, columns)
 
@@ -280,7 +308,8 @@ def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
     ids, logs, real = _padded_heaviest(record, settings.k)
     real &= (labels != IGNORE_INDEX)[:, None]
     mass = np.where(real, np.exp(logs), 0).sum(1, keepdims=True)
-    logs = np.where(real, logs - np.log(np.where(mass > 0, mass, 1)), np.float32(_NO_LOGPROB))
+    logs = np.minimum(logs - np.log(np.where(mass > 0, mass, 1)), 0)  # 1e-7 by rounding
+    logs = np.where(real, logs, np.float32(_NO_LOGPROB))
     packing, length = settings.identity.packing, len(labels)
     starts = record.document_starts if packing.get("reset_attention") else np.empty(0, np.int32)
     before_padding = text_length(packing.get("kind"), record.document_starts, length) or length
@@ -312,10 +341,13 @@ def _matrix(values: _Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
 
 
-def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
-    """Return a table of one row: a window's index, tokens and inputs, and one list per column."""
+def _row(record: WindowRecord, settings: _Settings, columns: dict[str, pa.Array]) -> pa.Table:
+    """Return a table of one row: a window's index, tokens, inputs and document starts, and columns.
+
+    Each column is one list.
+    """
     index = {"window_index": pa.array([record.window_index], pa.int64())}
-    whole = {"tokens": pa.array(record.tokens), **columns}
+    whole = {"tokens": pa.array(record.tokens), **columns, **settings.document_starts(record)}
     if record.inputs is not None:
         whole["inputs"] = pa.array(record.inputs)
     return _table(index, whole)
