@@ -1,6 +1,7 @@
 """Exports for other trainers, compared entry by entry with the cache they were made from."""
 
 import math
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from sparselogits.caching import import_collected
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, StorageError
 from sparselogits.losses import sparse_cross_entropy
 from sparselogits.store import Cache, WindowRecord, export
 from tests.conftest import PADDED_VOCABULARY
@@ -184,6 +185,20 @@ def test_axolotl_reads_probabilities_that_sum_to_one_over_the_list(tmp_path):
             mass = sum(weight for _, weight in heaviest)
             expected = {i: weight / mass for i, weight in heaviest}
             assert likely(row, position) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_file_that_does_not_fit_is_an_error_of_the_storage(tmp_path):
+    """`datasets` hides the error when it writes the rows again as Arrow, without compression."""
+    cache = build(tmp_path / "c")
+    (lists,) = export(cache, tmp_path / "lists", "lists")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (lists.stat().st_size, before[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            export(cache, tmp_path / "out", "datasets")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name for path in tmp_path.iterdir()} == {"c", "lists"}
 
 
 @pytest.mark.parametrize("form", ["lists", "topk", "weighted"])

@@ -181,12 +181,17 @@ def _export_dataset(
 ) -> None:
     """Save the columns of `lists` as a `datasets` folder."""
     from datasets import Dataset  # slow to import
+    from datasets.exceptions import DatasetGenerationError
 
     # by way of Parquet files, because `Dataset.from_generator` would pickle the progress display
     with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
         names = _export_parquet(cache, Path(work), "lists", settings, progress)
         parts = [f"{work}/{name}" for name in names]
-        Dataset.from_parquet(parts, cache_dir=f"{work}/arrow").save_to_disk(str(folder))
+        try:
+            dataset = Dataset.from_parquet(parts, cache_dir=f"{work}/arrow")
+        except DatasetGenerationError as error:  # does not say that the disk is full
+            raise error.__cause__ or error from error
+        dataset.save_to_disk(str(folder))
 
 
 def _lists(record: WindowRecord, settings: _Settings) -> pa.Table:
