@@ -32,6 +32,7 @@ from tests.data.test_mixture import (
     ragged,
     text,
 )
+from tests.store.draws import identity, record
 
 DRAFT = DraftVocabulary(torch.tensor([1, 3, 4, 8]), VOCABULARY)
 
@@ -194,6 +195,7 @@ def test_the_mass_of_the_teacher_is_the_sum_of_the_targets(tmp_path) -> None:
         (1, [0, 2], "choose a size from 2 to 4"),
         (3, [4], "give ids of this vocabulary"),
         (3, [-1], "give ids of this vocabulary"),
+        (3, [10**20], "give ids of this vocabulary"),  # larger than an int64
     ],
 )
 def test_impossible_choices_are_refused(size, keep, said) -> None:
@@ -276,6 +278,37 @@ def test_another_vocabulary_is_not_replaced(tmp_path) -> None:
         with pytest.raises(InvalidArgumentError, match="another draft vocabulary"):
             DraftVocabulary(torch.tensor([2]), VOCABULARY).save(tmp_path / name)
         assert DraftVocabulary.load(tmp_path / name) == DRAFT
+
+
+def test_an_interrupted_save_is_completed(tmp_path) -> None:
+    """A full disk asks to start the same command again, so half of the pair must not prevent it."""
+    for left in ("d2t", "t2d"):
+        DRAFT.save(tmp_path / left)
+        (tmp_path / left / ("t2d.npy" if left == "d2t" else "d2t.npy")).unlink()
+        with pytest.raises(InvalidArgumentError, match="cannot be read as a draft vocabulary"):
+            DraftVocabulary(torch.tensor([2]), VOCABULARY).save(tmp_path / left)
+        DRAFT.save(tmp_path / left)
+        assert DraftVocabulary.load(tmp_path / left) == DRAFT
+
+
+def test_names_of_other_formats_become_no_folders(tmp_path) -> None:
+    for name in ("map.pt", "map.npy"):
+        with pytest.raises(InvalidArgumentError, match=r"ends in \.safetensors"):
+            DRAFT.save(tmp_path / name)
+    DRAFT.save(tmp_path / "MAP.SafeTensors")
+    assert (tmp_path / "MAP.SafeTensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["MAP.SafeTensors"]
+
+
+def test_ids_to_keep_are_added_to_the_separator(tmp_path, line) -> None:
+    """A drafter without the separator of documents would never end a text."""
+    cache = Cache.create(tmp_path / "c", identity("counts", packing={"separator_id": 999}))
+    cache.commit([record("counts", 0)], {})
+    words = ("--size", 5, "--by", "teacher", "--out", tmp_path / "d.safetensors")
+    found = line("draft-vocabulary", tmp_path / "c", *words, "--keep", 998)
+    assert found.code == 0
+    assert DraftVocabulary.load(tmp_path / "d.safetensors").ids.tolist()[-2:] == [998, 999]
+    assert "a smaller --size is sufficient" not in found.err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def draft_vocabulary(
         "text",
     ),
     keep: list[int] | None = DATA(
-        "Id that is always in the vocabulary. May be repeated.", shown="the separator of documents"
+        "Id that is always in the vocabulary, as the separator of documents is. May be repeated.",
+        shown="the separator alone",
     ),
     windows: int = DATA(
         "Number of cached windows from which the teacher's probabilities are estimated.", 256, min=1
@@ -61,9 +62,9 @@ def draft_vocabulary(
         mass = teacher_mass(opened, windows=windows, progress=update)
     frequencies = sum((torch.tensor(corpus.token_frequencies) for corpus in corpora), mass * 0)
     separator = opened.identity.packing.get("separator_id")
-    fixed = keep if keep is not None else [separator] if isinstance(separator, int) else []
+    fixed = {*(keep or ()), *([separator] if isinstance(separator, int) else ())}
     scores = mass if by == "teacher" else frequencies
-    draft = DraftVocabulary.most_frequent(scores, size, keep=fixed)
+    draft = DraftVocabulary.most_frequent(scores, size, keep=sorted(fixed))
     draft.identity_of(opened.identity)  # rejects caches of masked models
     draft.save(out)
     of_teacher, unused = draft.coverage(mass), int((scores[draft.ids] == 0).sum())
@@ -88,9 +89,10 @@ def draft_vocabulary(
         "the acceptance of a drafter cannot exceed",
         soft_wrap=True,
     )
-    if unused:
+    spare = unused - int((scores[list(fixed)] == 0).sum())
+    if spare:
         messages.print(
-            f"{counted(unused, 'id')} of them did not occur; a smaller --size is sufficient",
+            f"{counted(spare, 'id')} of them did not occur; a smaller --size is sufficient",
             soft_wrap=True,
         )
     drafter = ("--student-config", "tiny", "--draft-vocabulary", out)

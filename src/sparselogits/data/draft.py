@@ -42,6 +42,7 @@ from sparselogits.wording import counted
 
 _D2T, _T2D = "d2t", "t2d"
 _WEIGHTS = "model.safetensors"
+_OTHER_FILES = (".pt", ".pth", ".bin", ".npy", ".npz", ".json")
 
 # what numpy.save writes for a vector; numpy's own parser evaluates the header as an expression
 _NPY_HEADER = re.compile(
@@ -138,17 +139,16 @@ class DraftVocabulary:
                 ids in `keep`; an id in `keep` is out of range; or `frequencies` is not a vector of
                 finite non-negative numbers.
         """
-        given = _float64(frequencies)
-        kept = torch.tensor(sorted(set(keep)), dtype=torch.int64)
+        given, kept = _float64(frequencies), sorted(set(keep))
         if not max(1, len(kept)) <= size <= len(given):
             raise InvalidArgumentError(
                 f"a draft vocabulary of {counted(size, 'id')} was requested, {len(kept)} of them "
                 f"fixed, from a vocabulary of {counted(len(given), 'id')}; choose a size from "
                 f"{max(1, len(kept))} to {len(given)}"
             )
-        if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < len(given):
+        if kept and not 0 <= kept[0] <= kept[-1] < len(given):
             raise InvalidArgumentError(
-                f"the ids to keep are {kept.tolist()}, but the vocabulary has the ids 0 to "
+                f"the ids to keep are {kept}, but the vocabulary has the ids 0 to "
                 f"{len(given) - 1}; give ids of this vocabulary"
             )
         scores = given.clone()
@@ -400,16 +400,22 @@ class DraftVocabulary:
 
         Raises:
             InvalidArgumentError: another or an unreadable draft vocabulary exists at `path`, which
-                is not replaced, because a trained head may belong to it.
+                is not replaced, because a trained head may belong to it; or `path` ends like a file
+                of another format, such as .pt.
             StorageError: a file cannot be written.
         """
         path = Path(path)
-        single = path.suffix == ".safetensors"
-        files = [path] if single else [path / f"{name}.npy" for name in (_D2T, _T2D)]
+        if path.suffix.lower() in _OTHER_FILES:
+            raise InvalidArgumentError(
+                f"{path} is named like a file of another format; give a name that ends in "
+                ".safetensors for one file, or a folder for d2t.npy and t2d.npy"
+            )
+        contents = self._files(path)
         try:
             existing = DraftVocabulary.load(path)
         except InvalidArgumentError:
-            if any(map(os.path.lexists, files)):
+            # an interrupted `save` leaves some of the files, which are completed
+            if any(os.path.lexists(file) and not _holds(file, contents[file]) for file in contents):
                 raise
         else:
             if existing != self:
@@ -417,13 +423,19 @@ class DraftVocabulary:
                     f"{path} has another draft vocabulary; give a new path, or remove it if no "
                     "trained head belongs to it"
                 )
-        if single:
-            write_whole(path, save({_D2T: self.d2t, _T2D: self.t2d}))
-            return
-        for file, values in zip(files, (self.d2t, self.t2d), strict=True):
+        for file, content in contents.items():
+            write_whole(file, content)
+
+    def _files(self, path: Path) -> dict[Path, bytes]:
+        """Return the files that `save` writes, with their contents."""
+        if path.suffix.lower() == ".safetensors":
+            return {path: save({_D2T: self.d2t, _T2D: self.t2d})}
+        contents = {}
+        for name, values in ((_D2T, self.d2t), (_T2D, self.t2d)):
             stream = io.BytesIO()
             np.save(stream, values.numpy(), allow_pickle=False)
-            write_whole(file, stream.getvalue())
+            contents[path / f"{name}.npy"] = stream.getvalue()
+        return contents
 
     @classmethod
     def load(cls, path: str | Path) -> DraftVocabulary:
@@ -656,6 +668,14 @@ def _read_safetensors(path: Path, *, optional: bool = False) -> tuple[Tensor, Te
             return file.get_tensor(_D2T), file.get_tensor(_T2D)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(path, error) from error
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Return whether a file has a content; False for a file that cannot be read."""
+    try:
+        return read_regular(path, len(content)) == content
+    except (OSError, ValueError):
+        return False
 
 
 def _unreadable(path: Path, error: Exception) -> InvalidArgumentError:
