@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 import sparselogits
@@ -454,6 +455,21 @@ def test_the_space_that_the_teachers_tokenizer_adds_is_no_text(make: Any) -> Non
         assert aligned.source[end] == len(first)
         targets = other.targets(aligned, tokens, given, other.uniforms(aligned, 0, 0))
         assert all(other.student.bytes_of[i][:1] == b"T" for i in targets[end].ids.tolist())
+
+
+def test_the_space_after_an_added_token_is_no_text() -> None:
+    theirs = llama()
+    theirs.add_tokens([AddedToken("<answer>", normalized=False)])
+    text = "The statement <answer>of the loop<answer> and the words"
+    convert, aligned, _ = aligned_text(theirs, byte_level(), text)
+    made = b"".join(convert.student.bytes_of[t] for t in aligned.tokens.tolist())
+    assert made == text.removesuffix(" words").encode()  # the window may cut its last word
+
+
+def test_no_space_is_added_after_an_unknown_character() -> None:
+    convert, aligned, _ = aligned_text(unigram(), byte_level(), "The \u6f22 of the loop and words")
+    spelled = [convert.student.bytes_of[t] for t in aligned.tokens.tolist()]
+    assert b"".join(spelled) == b"The  of the loop and"
 
 
 # -- loss masks ------------------------------------------------------------------------------------

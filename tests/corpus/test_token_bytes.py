@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,7 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import documents, make_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus.token_bytes import TokenBytes
@@ -86,8 +96,6 @@ def sentencepiece_bpe(scheme: str = "first") -> PreTrainedTokenizerFast:
 
 def _only_special(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Leave the byte tokens in the vocabulary, as in Llama's tokenizer.json."""
-    import json
-
     state = json.loads(made.backend_tokenizer.to_str())
     state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
     return PreTrainedTokenizerFast(
@@ -197,6 +205,35 @@ def test_bytes_of_tokens_agree_with_the_decoder() -> None:
         for i, spelled in enumerate(own.bytes_of):
             if spelled and i not in own.special:
                 assert backend.decode([i]) == spelled.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(("name", "following"), [("byte-level", 9), ("llama", -1)])
+def test_an_added_token_includes_the_white_space_that_it_takes(name: str, following: int) -> None:
+    """Llama's tokenizer adds a space after the token, so what follows has no position."""
+    made = LOSSLESS[name]()
+    made.add_tokens([AddedToken("<mask>", lstrip=True, rstrip=True, normalized=False)])
+    own = TokenBytes(made)
+    (tokens,) = own.encode(["a <mask>\nof\u00e9 <mask>"], [False])
+    places = [place for place, i in enumerate(tokens.ids) if own.bytes_of[i] == b"<mask>"]
+    assert [(tokens.starts[own], tokens.ends[own]) for own in places] == [(1, 9), (13, 20)]
+    assert tokens.starts[places[0] + 1] == following
+
+
+def test_added_tokens_of_marks_stand_for_spaces() -> None:
+    """Gemma's runs of spaces are tokens of its model that are listed as added tokens, too."""
+    state = json.loads(llama().backend_tokenizer.to_str())
+    run = "\u2581\u2581"
+    number = state["model"]["vocab"][run] = len(state["model"]["vocab"])
+    state["model"]["merges"].insert(0, ["\u2581", "\u2581"])
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    state["added_tokens"].append({"id": number, "content": run, "special": False, **plain})
+    own = TokenBytes(
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    )
+    (tokens,) = own.encode(["a  b"], [False])
+    assert number in tokens.ids
+    assert b"".join(own.bytes_of[i] for i in tokens.ids) == b"a  b"
+    assert tokens.starts[:2].tolist() == [0, 1]
 
 
 def test_the_first_token_of_bytes_that_are_no_text() -> None:

@@ -227,7 +227,7 @@ class Retokenizer:
                 begun = at if not pending else begun
                 pending += own
                 at += len(own)
-            spaced = token in self.teacher.special and (
+            spaced = token in self.teacher.added and (
                 self.teacher.adds_space_everywhere or (spaced and token == self.teacher.bos_id)
             )
             ends.append(at)

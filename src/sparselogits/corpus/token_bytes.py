@@ -58,6 +58,8 @@ class TokenBytes:
     Attributes:
         size: number of ids, one more than the largest id.
         roles: ids of the special tokens by role (`ROLES`).
+        added: ids of the added tokens, special or not, by which a text is divided before the model
+            cuts it; not the unknown token, which the model makes.
         special: content of each special token by id; special tokens stand for no bytes of the text.
         bytes_of: byte string of each id; empty for special tokens and unused ids.
         bos_id: id of the first token that the tokenizer adds before a text; None for no token.
@@ -85,6 +87,7 @@ class TokenBytes:
         }
         added = {int(token["id"]): token for token in self._state.get("added_tokens") or ()}
         names = {int(i): token for token, i in tokenizer.get_vocab().items()}
+        self.added = frozenset(added) - {self.roles.get("unk"), model.get("unk_id")}
         special = {i for i, token in added.items() if token["special"]} | set(self.roles.values())
         if isinstance(model.get("unk_id"), int):
             special.add(model["unk_id"])
@@ -93,7 +96,8 @@ class TokenBytes:
         self.bytes_of: list[bytes] = [b""] * self.size
         for i, name in names.items():
             if i not in self.special:
-                self.bytes_of[i] = name.encode() if i in added else self._spelled(name)
+                literal = i in added and self._family == "bytes"
+                self.bytes_of[i] = name.encode() if literal else self._spelled(name)
         before, _ = added_tokens(tokenizer)
         self.bos_id = before[0] if before else None
         self.first_of = lru_cache(_CACHED_STRINGS)(self._first_of)
@@ -204,9 +208,9 @@ class TokenBytes:
         """Whether the tokenizer adds a space at the beginning of a document."""
         return self._beginning is not self._inside
 
-    @property
+    @cached_property
     def adds_space_everywhere(self) -> bool:
-        """Whether the tokenizer adds a space before a text and after every special token."""
+        """Whether the tokenizer adds a space before a text and after every added token."""
         return any(
             part["type"] == "Prepend"
             or part.get("prepend_scheme") == "always"
@@ -251,23 +255,29 @@ class TokenBytes:
         """Return the tokens of a text with their positions in its bytes.
 
         A token is located where its bytes continue the text. Character offsets are used only after
-        a token whose bytes do not, because several tokens of one character share their offsets.
+        a token whose bytes do not, because several tokens of one character share their offsets, and
+        for added tokens, which may include white space of the text (`lstrip`, `rstrip`). A token
+        before which the tokenizer adds a space within the text has no position.
         """
-        data, cursor = text.encode(), 0
-        byte_of = np.cumsum([0, *(len(c.encode()) for c in text)]) if not text.isascii() else None
+        data, cursor, spaced = text.encode(), 0, False
+        byte_of: Sequence[int] = range(len(text) + 1)
+        if not text.isascii():
+            byte_of = np.cumsum([0, *(len(c.encode()) for c in text)]).tolist()
         starts, ends = [], []
         for place, (i, span) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             own = self.bytes_of[i]
+            first, last = byte_of[span[0]], byte_of[span[1]]
             added = place == 0 and added_space and own[:1] == b" " and not data.startswith(own)
             own = own[1:] if added else own
-            if data.startswith(own, cursor) and (own or added):
-                starts.append(cursor)
-                cursor += len(own)
+            if own and i in self.added:
+                found, stop = first == cursor, last
             else:
-                starts.append(-1)
-                last = span[1] if byte_of is None else int(byte_of[span[1]])
-                cursor = max(cursor, last)
+                found = data.startswith(own, cursor) and bool(own or added) and not spaced
+                stop = cursor + len(own) if found else last
+            starts.append(cursor if found else -1)
+            cursor = max(cursor, stop)
             ends.append(cursor)
+            spaced = i in self.added and self.adds_space_everywhere
         words = [-1 if word is None else word for word in encoding.word_ids]
         arrays = (encoding.ids, starts, ends, words)
         return ByteTokens(*(np.array(own, np.int64) for own in arrays))
