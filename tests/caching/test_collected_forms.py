@@ -295,6 +295,18 @@ def test_logits_without_a_normaliser_are_refused_or_taken_for_all(tmp_path, toke
         assert record.present().tolist() == [True] * (LENGTH - 2) + [False] * 2
 
 
+def test_a_record_of_a_whole_batch_is_named(tmp_path, tokenizer):
+    rows = [(tokens.tolist(), *(part.tolist() for part in top(tokens))) for tokens in sequences(2)]
+    names = ("tokens", "top_k_indices", "top_k_logits")
+    batch = dict(zip(names, (list(column) for column in zip(*rows, strict=True)), strict=True))
+    data = write_rows(tmp_path / "rows.jsonl", [batch])
+    with (
+        pytest.raises(InvalidTargetsError, match=r"line 1: tokens is a list of 2 lists, as in a "),
+        pytest.warns(SparseLogitsWarning),
+    ):
+        imported(data, tmp_path / "c", tokenizer, allow=["unnormalised-logits"])
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_rows_with_and_without_a_normaliser_do_not_mix(first, tmp_path, tokenizer):
     """The identity says of all rows whether they were normalised over the listed ids."""

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from sparselogits.caching.collected_rows import MASS_TOLERANCE, as_numbers, fail
+from sparselogits.caching.collected_rows import MASS_TOLERANCE, TOKENS, as_numbers, fail
 from sparselogits.corpus.records import Where
 from sparselogits.errors import CorpusError, InvalidTargetsError
 from sparselogits.safe_yaml import read_mapping
+from sparselogits.wording import counted
 
 SETTINGS = "compression_config.yaml"
 """Name of the file with DistillKit's settings, in the folder of its Parquet files."""
@@ -212,6 +213,15 @@ def plain_row(
     Raises:
         InvalidTargetsError: the row is invalid; the message contains the file and the row.
     """
+    for name in TOKENS:
+        tokens = values.get(name)
+        if isinstance(tokens, list) and tokens and isinstance(tokens[0], list):
+            fail(
+                where,
+                f"{name} is a list of {counted(len(tokens), 'list')}, as in a record of a whole "
+                "batch ([B, L] tokens, [B, L, K] logits); expected the token ids of one sequence",
+                "Write each sequence of the batch as a row of its own",
+            )
     if _OLD in values:
         fail(
             where,
