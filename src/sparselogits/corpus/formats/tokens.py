@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,9 @@ from sparselogits.corpus.formats.format import Format, SourceFile, Span
 from sparselogits.corpus.pieces import Piece, blank_piece
 from sparselogits.corpus.records import Fields
 from sparselogits.corpus.token_rows import TokenReading, require_fitting, token_piece
-from sparselogits.errors import CorpusError
+from sparselogits.errors import CorpusError, SparseLogitsWarning
 from sparselogits.untrusted import open_regular
+from sparselogits.wording import counted
 
 _Array = NDArray[Any]
 _BLOCK = 1 << 20
@@ -234,7 +236,7 @@ class Megatron(TokenFormat):
         index, ids = self.files(file.path)
         kind, count = self._open_index(file)
         width, size = np.dtype(kind).itemsize, ids.stat().st_size
-        start = held = end = 0
+        start = held = end = last = 0
         with _opened(index) as handle:
             for first, lengths, begins in _sequences(handle, 0, count, count, file.name):
                 stops = begins + lengths.astype(np.int64) * width
@@ -250,17 +252,27 @@ class Megatron(TokenFormat):
                         "is incomplete, or they are of a program with other dtype codes "
                         "(DeepSpeed's); write both again with Megatron-LM's preprocessing"
                     )
-                end = int(stops[-1])
+                end, last = int(stops[-1]), int(begins[-1])
                 for at, length in enumerate(lengths.tolist(), first + 1):
                     held += length * width
                     if held >= span_bytes:
                         yield Span(file, start, at, held)
                         start, held = at, 0
-        if end != size:
-            raise CorpusError(
+        if end != size:  # Megatron-LM accepts an index that was cut to its first sequences
+            found = (
                 f"{file.name}: the last sequence ends at byte {end:,}, but {ids.name} has {size:,} "
-                "bytes, so the two files do not belong together or the index is incomplete; "
-                "download or write both again"
+                "bytes"
+            )
+            if not last:  # no second sequence confirms the bytes per id
+                raise CorpusError(
+                    f"{found}, so the two files do not belong together or the index is incomplete; "
+                    "download or write both again"
+                )
+            warnings.warn(
+                f"{found}. Only the {counted(count, 'sequence')} of the index are read; if the "
+                "index should list all ids, download or write both files again",
+                SparseLogitsWarning,
+                stacklevel=2,
             )
         if start < count:
             yield Span(file, start, count, held)
