@@ -271,6 +271,14 @@ def test_the_weights_of_a_drafter_have_its_vocabulary(tmp_path) -> None:
     assert DraftVocabulary.load(tmp_path / "turned.safetensors").ids.tolist() == [4, 1]
 
 
+def test_truth_values_may_be_stored_as_bytes(tmp_path) -> None:
+    DRAFT.save(tmp_path / "npy")
+    np.save(tmp_path / "npy" / "t2d.npy", DRAFT.t2d.numpy().astype(np.uint8))
+    save_file({"d2t": DRAFT.d2t, "t2d": DRAFT.t2d.byte()}, tmp_path / "one.safetensors")
+    assert DraftVocabulary.load(tmp_path / "npy") == DRAFT
+    assert DraftVocabulary.load(tmp_path / "one.safetensors") == DRAFT
+
+
 def test_another_vocabulary_is_not_replaced(tmp_path) -> None:
     for name in ("one.safetensors", "folder"):
         DRAFT.save(tmp_path / name)
@@ -321,6 +329,7 @@ def test_ids_to_keep_are_added_to_the_separator(tmp_path, line) -> None:
         ([1, -1], [False, True, True, False], "each once"),  # one id twice
         ([0.0, 1.0], [False, True, True, False], "float"),
         ([1, 1], [0, 1, 1, 0], "expected d2t int64"),
+        ([1, 1], torch.tensor([0, 1, 2, 0], dtype=torch.uint8), "t2d bool, or uint8 of 0 and 1"),
         ([[1, 1]], [False, True, True, False], "expected d2t int64"),
         ([], [False, False], r"shape \(0,\)"),
         ([2**63 - 1, 2], [False, True, True, False], "each once"),  # overflows
@@ -329,7 +338,7 @@ def test_ids_to_keep_are_added_to_the_separator(tmp_path, line) -> None:
 )
 def test_maps_that_contradict_each_other_are_refused(tmp_path, d2t, t2d, said) -> None:
     offsets = torch.tensor(d2t) if d2t else torch.tensor(d2t, dtype=torch.int64)
-    save_file({"d2t": offsets, "t2d": torch.tensor(t2d)}, tmp_path / "bad.safetensors")
+    save_file({"d2t": offsets, "t2d": torch.as_tensor(t2d)}, tmp_path / "bad.safetensors")
     with pytest.raises(InvalidArgumentError, match=said):
         DraftVocabulary.load(tmp_path / "bad.safetensors")
 

@@ -46,7 +46,7 @@ _OTHER_FILES = (".pt", ".pth", ".bin", ".npy", ".npz", ".json")
 
 # what numpy.save writes for a vector; numpy's own parser evaluates the header as an expression
 _NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '(<i8|<i4|\|b1)', 'fortran_order': (?:False|True), "
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<i8|<i4|\|b1|\|u1)', 'fortran_order': (?:False|True), "
     rb"'shape': \((\d{1,9}),\),? ?\} *\n",
     re.DOTALL,
 )
@@ -590,11 +590,12 @@ def _checked(tensors: tuple[Tensor, ...], path: Path) -> DraftVocabulary:
     d2t, t2d = tensors
     integers = (torch.int64, torch.int32)
     shaped = d2t.dim() == t2d.dim() == 1 and len(d2t) > 0
-    if not shaped or t2d.dtype != torch.bool or d2t.dtype not in integers:
+    truths = t2d.dtype == torch.bool or (t2d.dtype == torch.uint8 and bool((t2d <= 1).all()))
+    if not shaped or not truths or d2t.dtype not in integers:
         raise InvalidArgumentError(
             f"{path} has d2t of dtype {d2t.dtype} and shape {tuple(d2t.shape)}, and t2d of dtype "
             f"{t2d.dtype} and shape {tuple(t2d.shape)}; expected d2t int64 [draft ids] and t2d "
-            "bool [ids of the teacher]"
+            "bool, or uint8 of 0 and 1, [ids of the teacher]"
         )
     # a file may have other bytes than 0 and 1, which PyTorch does not expect
     marked = t2d.contiguous().view(torch.uint8).nonzero().flatten()
@@ -614,7 +615,7 @@ def _checked(tensors: tuple[Tensor, ...], path: Path) -> DraftVocabulary:
 
 
 def _read_npy(path: Path) -> Tensor:
-    """Read a vector of int64, int32 or bool from a .npy file, in bounded memory.
+    """Read a vector of int64, int32, uint8 or bool from a .npy file, in bounded memory.
 
     Raises:
         InvalidArgumentError: the file cannot be read, or has other contents.
@@ -625,8 +626,8 @@ def _read_npy(path: Path) -> Tensor:
         if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
             found = data[10:110].partition(b"\n")[0].decode("latin-1").strip()
             raise ValueError(
-                f"it has the header {found!r}, which is not that of a vector of int64, int32 or "
-                "bool in format 1.0, as numpy.save writes it"
+                f"it has the header {found!r}, which is not that of a vector of int64, int32, "
+                "uint8 or bool in format 1.0, as numpy.save writes it"
             )
         kind, count = header[1].decode(), int(header[2])
         rest = data[header.end() :]
