@@ -5,8 +5,8 @@
     python experiments/retokenize.py collect --work W/retokenize
 
 FILES are those of experiments/README.md. If interrupted, the same command resumes; several
-processes may share one FOLDER. `collect` writes experiments/results/retokenize.json with the
-verdict, and the per-window sums as retokenize_windows.npz. Estimate: about one core-hour, most of
+processes may share one FOLDER. `collect` writes experiments/results/own_tokenizer.json with the
+verdict, and the per-window sums as own_tokenizer_windows.npz. It takes about one core-hour, most of
 it the teacher's pass over 0.26 M tokens and the rewriting of the caches.
 
 **Plan, written before the first run.**
@@ -76,7 +76,7 @@ from sparselogits.store import Cache  # noqa: E402
 from sparselogits.teacher import load_teacher  # noqa: E402
 from sparselogits.teacher.loading import load_tokenizer  # noqa: E402
 
-RESULT = ROOT / "experiments" / "results" / "retokenize.json"
+RESULT = ROOT / "experiments" / "results" / "own_tokenizer.json"
 MARGIN = 0.002
 PLAN = Size(seeds=4, windows=4, steps=256, epochs=1, heldout=96, width=128, layers=3, heads=4)
 VOCABULARY, WINDOW = 4096, 256

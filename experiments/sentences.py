@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from experiments.compare.pages import BY_FILE, HEALING, SPACE, Findings, healed  # noqa: E402
+from experiments.planned import less  # noqa: E402
 
 from loss import table as table_of_losses  # noqa: E402
 from sparselogits.evaluate.intervals import Estimate, t_interval  # noqa: E402
@@ -99,6 +100,7 @@ def readme() -> Iterator[str]:
     assert max(kl[name].windows.high for name in ("RS-KD 12", "systematic 12")) < (
         kl["Top-12"].windows.low
     )
+    yield from own_tokenizer()
     yield "enough to distinguish sampled targets, Top-12 and CE in KL in this run"
     texts = list(stored("languages").texts.values())[1:]
     entries = [own["rounds of the first text"].systematic.entries for own in texts]
@@ -1019,6 +1021,19 @@ def retokenize() -> Iterator[str]:
     yield f"about {none} with `--followed 0`"
     yield f"{found.processor_seconds_before_the_second_window.median:.1f} s pass"
     yield f"{found.entries_per_position:.1f} entries per position"
+    yield from own_tokenizer()
+
+
+def own_tokenizer() -> Iterator[str]:
+    found = stored("own_tokenizer")
+    assert found.verdict == "undecided"
+    loss = found.endpoints["systematic - CE"]
+    assert loss.low < 0 < loss.high
+    yield f"{-loss.mean:.3f} nats per byte below"
+    yield f"({loss.low:.3f} to {loss.high:+.3f} over {NUMERALS[found.seeds]} seeds)"
+    kl = t_interval(less(found.kl, "systematic", "CE"))
+    assert kl.high is not None
+    assert kl.high < 0
 
 
 def teachers() -> Iterator[str]:

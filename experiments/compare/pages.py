@@ -251,6 +251,7 @@ class Findings:
         self.deciding = stored("deciding.json")
         self.small_vocabulary = stored("small_vocabulary.json")
         self.many_epochs = stored("many_epochs.json")
+        self.own_tokenizer = stored("own_tokenizer.json")
         self.masked = stored("masked.json")
         self.coverage = stored("interval_coverage.json")["coverage"]
         self.drafting = stored("drafting_small_teacher.json")
@@ -437,21 +438,19 @@ class Findings:
 
     def arms_table(self, found: Mapping[str, Any], reference: str) -> str:
         """Return the table of the arms of a pre-registered experiment: means over seeds, bytes."""
-        lines = [
-            "| targets | bytes per token | held-out loss | KL to the teacher "
-            f"| KL minus {reference}'s |",
-            "|---|---|---|---|---|",
-        ]
+        bytes_per_token = found.get("bytes_per_token")
+        sizes = ["bytes per token"] * (bytes_per_token is not None)
+        header = ["targets", *sizes, "held-out loss", "KL to the teacher"]
+        header.append(f"KL minus {reference}'s")
+        lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for name, kl in found["kl"].items():
-            took = found["bytes_per_token"].get(name)
+            cells = [name]
+            if bytes_per_token is not None:
+                took = bytes_per_token.get(name)
+                cells.append("" if took is None else f"{took:.1f}")
             behind = t_interval(less(found["kl"], name, reference))
-            cells = [
-                name,
-                "" if took is None else f"{took:.1f}",
-                f"{fmean(found['loss'][name]):.4f}",
-                f"{fmean(kl):.4f}",
-                "" if name == reference else said(behind, 4, 1, "+"),
-            ]
+            cells += [f"{fmean(found['loss'][name]):.4f}", f"{fmean(kl):.4f}"]
+            cells.append("" if name == reference else said(behind, 4, 1, "+"))
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 

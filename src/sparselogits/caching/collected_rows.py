@@ -171,7 +171,7 @@ def _sets(
     heavy = np.flatnonzero(mass > 1 + MASS_TOLERANCE)
     if len(heavy):
         found = f"the probabilities of position {heavy[0]} sum to {mass[heavy[0]]:.4f}"
-        advice = "Give logprobs at temperature 1; weights of a sampled cache may sum to more"
+        advice = "Give natural logarithms at temperature 1"
         fail(where, f"{found}; expected at most 1", advice)
     likeliest = np.lexsort((-logs, owner))
     ranked = owner[likeliest]
