@@ -6,6 +6,9 @@ the message and exits with code 2.
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from typing import Any
+
 from sparselogits.untrusted import printable, shown
 
 _LONGEST_MESSAGE = 8000  # characters; a name quoted from an untrusted file may be much longer
@@ -95,8 +98,10 @@ def reason_of(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def require_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Validate that an argument is an integer in a range.
+def require_whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Validate that an argument is an integer in a range, and return it as a Python int.
+
+    Integers of other libraries are accepted, such as `numpy.int64(8)`.
 
     Args:
         name: name of the argument, for the error message.
@@ -109,10 +114,24 @@ def require_whole(name: str, value: object, least: int, most: int | None = None)
 
     Examples:
         >>> require_whole("batch", 8, 1)
+        8
     """
-    if type(value) is int and least <= value and (most is None or value <= most):
-        return
+    if type(value) is not bool and isinstance(value, Integral):
+        whole = int(value)
+        if least <= whole and (most is None or whole <= most):
+            return whole
     limit = "" if most is None else f", at most {most:,}"
     raise InvalidArgumentError(
         f"{name} is {shown(value)}; expected a whole number of at least {least}{limit}"
     )
+
+
+def python_number(value: Any) -> Any:
+    """Return a number of NumPy as a Python number, and any other value unchanged.
+
+    Examples:
+        >>> import numpy as np
+        >>> python_number(np.float32(0.5))
+        0.5
+    """
+    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value

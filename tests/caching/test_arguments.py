@@ -1,14 +1,17 @@
 """Test that invalid arguments are rejected by name before the teacher runs."""
 
+import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparselogits.caching import CacheRequest, import_collected, retokenize
 from sparselogits.caching.executors import Workers
 from sparselogits.caching.plan import Share
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.corpus import Packing
+from sparselogits.errors import InvalidArgumentError, require_whole
 from sparselogits.samplers import Systematic, TopP
 from tests.conftest import build_cache
 
@@ -90,3 +93,20 @@ def test_an_import_with_an_invalid_number(name: str, value: Any, tmp_path, token
 def test_a_rewrite_with_an_invalid_number(name: str, value: Any, tmp_path, cache, tokenizer):
     with pytest.raises(InvalidArgumentError, match=f"{name}.* is .* whole number of at least [02]"):
         retokenize(cache, tokenizer, tmp_path / "out", **{name: value})
+
+
+def test_numbers_of_numpy_become_python_numbers():
+    """An identity is JSON, and its fingerprint that of the same Python numbers."""
+    one, half = np.int64(1), np.float32(0.5)
+    request = CacheRequest("cache", Systematic(one, half), seed=np.uint64(2**64 - 1))
+    packing = Packing(np.int32(64), separator_id=one, bos_id=one, holdout=half)
+    share = Share(one, np.int16(2))
+    made = [request.sampler.parameters(), request.seed, packing.to_json(), share.index, share.count]
+    expected = [{"rounds": 1, "proposal_exponent": 0.5}, 2**64 - 1]
+    expected += [Packing(64, separator_id=1, bos_id=1, holdout=0.5).to_json(), 1, 2]
+    assert json.dumps(made) == json.dumps(expected)
+    tempered = CacheRequest("cache", Systematic(), temperature=half)
+    assert type(tempered.temperature) is float
+    for refused in (np.True_, np.float64(2), np.int64(0)):
+        with pytest.raises(InvalidArgumentError, match="expected a whole number of at least 1"):
+            require_whole("k", refused, 1)

@@ -22,7 +22,12 @@ from sparselogits.caching.writer import Writer
 from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.corruption import Corruption
-from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, require_whole
+from sparselogits.errors import (
+    IdentityMismatchError,
+    InvalidArgumentError,
+    python_number,
+    require_whole,
+)
 from sparselogits.identity import Identity
 from sparselogits.language_model import require_predicting
 from sparselogits.objectives import Masked
@@ -67,12 +72,14 @@ class CacheRequest:
 
     def __post_init__(self) -> None:
         self.sampler.left_open(self.budget)
-        require_whole("seed", self.seed, 0, (1 << 64) - 1)
+        seed = require_whole("seed", self.seed, 0, (1 << 64) - 1)
+        object.__setattr__(self, "seed", seed)
         if not LEAST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE:  # NaN is False
             raise InvalidArgumentError(
                 f"the temperature is {shown(self.temperature)}; give a number from "
                 f"{LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g} (--temperature)"
             )
+        object.__setattr__(self, "temperature", python_number(self.temperature))
 
 
 @dataclass(frozen=True)
@@ -222,9 +229,9 @@ def begin_job(
 
     See `build_caches` for arguments and errors.
     """
-    require_whole("batch", batch, 1)
-    require_whole("windows_per_shard", windows_per_shard, 1)
-    require_whole("first_window", first_window, 0)
+    batch = require_whole("batch", batch, 1)
+    windows_per_shard = require_whole("windows_per_shard", windows_per_shard, 1)
+    first_window = require_whole("first_window", first_window, 0)
     require_token_mask(engine)
     model = getattr(engine, "model", None)
     if model is not None:

@@ -120,12 +120,12 @@ def import_collected(
         InvalidArgumentError: `out` is not empty, a size is out of range, or the vocabulary is
             smaller than the tokenizer's; or, without `window`, rows differ in length.
     """
-    require_whole("windows_per_shard", windows_per_shard, 1)
-    require_whole("vocab_size", vocab_size, 1, LARGEST_VOCABULARY)
+    windows_per_shard = require_whole("windows_per_shard", windows_per_shard, 1)
+    vocab_size = require_whole("vocab_size", vocab_size, 1, LARGEST_VOCABULARY)
     if k is not None:
-        require_whole("k", k, 1)
+        k = require_whole("k", k, 1)
     if window is not None:
-        require_whole("window", window, 2)
+        window = require_whole("window", window, 2)
     if vocab_size < len(tokenizer):
         raise InvalidArgumentError(
             f"the tokenizer has {len(tokenizer)} ids, more than the vocabulary size of "

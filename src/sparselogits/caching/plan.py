@@ -33,8 +33,10 @@ class Share:
     count: int
 
     def __post_init__(self) -> None:
-        require_whole("the number of workers", self.count, 1)
-        require_whole("the index of a worker", self.index, 0, self.count - 1)
+        count = require_whole("the number of workers", self.count, 1)
+        index = require_whole("the index of a worker", self.index, 0, count - 1)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "index", index)
 
     def of(self, ranges: Sequence[Range]) -> list[Range]:
         """Return every `count`-th range, starting with range `index`.
@@ -69,12 +71,12 @@ def shard_ranges(
         >>> shard_ranges(20, 8)
         [(0, 8), (8, 16), (16, 20)]
     """
-    require_whole("windows_per_shard", windows_per_shard, 1)
-    require_whole("first_window", first_window, 0)
+    windows_per_shard = require_whole("windows_per_shard", windows_per_shard, 1)
+    first_window = require_whole("first_window", first_window, 0)
     end = first_window + windows
     first, stop = only if only is not None else (first_window, end)
-    require_whole("the first window", first, 0)
-    require_whole("the window after the last", stop, 0)
+    first = require_whole("the first window", first, 0)
+    stop = require_whole("the window after the last", stop, 0)
     if not first_window <= first < stop <= end:
         raise InvalidArgumentError(
             f"windows {first}:{stop} are not in the corpus; give a range within "

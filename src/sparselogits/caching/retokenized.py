@@ -159,7 +159,7 @@ def retokenize(
         raise CacheError(f"the cache at {cache} has no finished shard; build it first")
     if elsewhere not in ("text", "none"):
         raise InvalidArgumentError(f"elsewhere is {elsewhere!r}; expected 'text' or 'none'")
-    require_whole("followed", followed, 0)
+    followed = require_whole("followed", followed, 0)
     if not Cache.exists(out):
         require_room(out)
     elif window is None:  # the default depends on the windows built so far
@@ -172,8 +172,9 @@ def retokenize(
         old, theirs, ours, special=special, followed=followed, elsewhere=elsewhere
     )
     teacher, student, images = convert.teacher, convert.student, convert.special
-    length = _window_length(source, convert) if window is None else window
-    packing = replace(packing, window_length=length)
+    window = _window_length(source, convert) if window is None else window
+    packing = replace(packing, window_length=window)
+    length = packing.window_length
     hashed = tokenizer_fingerprint(ours)
     described = {
         str(i): own.decode() if isinstance(own, bytes) else own for i, own in images.items()

@@ -106,9 +106,9 @@ def pack(
         >>> corpus.windows
         12034
     """
-    require_whole("vocab_size", vocab_size, 1, LARGEST_VOCABULARY)
-    require_whole("processes", processes, 1)
-    require_whole("part_bytes", part_bytes, 1)
+    vocab_size = require_whole("vocab_size", vocab_size, 1, LARGEST_VOCABULARY)
+    processes = require_whole("processes", processes, 1)
+    part_bytes = require_whole("part_bytes", part_bytes, 1)
     for name in ("separator_id", "bos_id", "padding_id"):
         value = getattr(packing, name)
         if value is not None and value >= vocab_size:

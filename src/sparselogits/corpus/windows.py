@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselogits.errors import InvalidArgumentError, require_whole
+from sparselogits.errors import InvalidArgumentError, python_number, require_whole
 
 PackingKind = Literal["joined", "documents"]
 """Name of a rule by which documents become windows; see `Packing`."""
@@ -61,15 +61,17 @@ class Packing:
 
     def __post_init__(self) -> None:
         # at least an input and a token to predict
-        require_whole("window_length", self.window_length, 2)
+        window_length = require_whole("window_length", self.window_length, 2)
+        object.__setattr__(self, "window_length", window_length)
         if not 0 <= self.holdout < 1:
             raise InvalidArgumentError(
                 f"found holdout={self.holdout}; give the share of the text to hold out, in [0, 1)"
             )
-        require_whole("separator_id", self.separator_id, 0)
-        for name in ("bos_id", "padding_id"):
-            if getattr(self, name) is not None:
-                require_whole(name, getattr(self, name), 0)
+        object.__setattr__(self, "holdout", python_number(self.holdout))
+        for name in ("separator_id", "bos_id", "padding_id"):
+            value = getattr(self, name)
+            if value is not None or name == "separator_id":
+                object.__setattr__(self, name, require_whole(name, value, 0))
         if self.kind not in PACKING_KINDS:
             raise InvalidArgumentError(
                 f"found the packing kind {self.kind!r}; give one of {', '.join(PACKING_KINDS)}"

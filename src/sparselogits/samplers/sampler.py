@@ -13,9 +13,10 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, python_number
 from sparselogits.untrusted import shown
 
 if TYPE_CHECKING:
@@ -109,8 +110,9 @@ class Parameter:
         """
         if value is None and self.default is None:
             return None
-        kinds: tuple[type, ...] = (int, float) if self.kind is float else (self.kind,)
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        # numbers.Integral and Real include the numbers of NumPy
+        fits = isinstance(value, {int: Integral, float: Real, str: str}[self.kind])
+        fits = fits and not isinstance(value, bool)
         if fits and self.choices:
             fits = value in self.choices
         elif fits and self.kind is not str:
@@ -176,9 +178,15 @@ def declared_by(cls: Any) -> dict[str, Parameter]:
 
 
 def require_declared(value: Any) -> None:
-    """Validate a dataclass instance against its declarations. Raises InvalidArgumentError."""
+    """Validate the declared fields of a dataclass instance; numbers become Python's.
+
+    Raises InvalidArgumentError.
+    """
     for name, declared in declared_by(value).items():
-        declared.converted(name, getattr(value, name))
+        given = getattr(value, name)
+        declared.converted(name, given)
+        # 1 does not become 1.0, which would be another fingerprint for an existing identity
+        object.__setattr__(value, name, python_number(given))
 
 
 class Sampler(ABC):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from transformers import TrainingArguments
@@ -114,7 +114,7 @@ def require_objective(
             f"missing_mass must be one of {', '.join(map(repr, get_args(MissingMass)))}, "
             f"found {missing_mass!r}"
         )
-    is_integer = isinstance(rounds, int) and not isinstance(rounds, bool)
+    is_integer = isinstance(rounds, Integral) and not isinstance(rounds, bool)
     if rounds is not None and not isinstance(rounds, Schedule) and not is_integer:
         raise InvalidArgumentError(
             f"rounds must be an integer, a Schedule, or None for all rounds, found {rounds!r}"

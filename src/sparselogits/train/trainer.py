@@ -146,8 +146,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 "train_dataset has a draft vocabulary; use method='sparse' or 'ce'"
             )
         self._thinning = rounds if isinstance(rounds, Schedule) else None
-        if isinstance(rounds, int):
-            self._thinning = Schedule.constant(rounds, fresh_noise=fresh_noise)
+        if rounds is not None and not isinstance(rounds, Schedule):
+            self._thinning = Schedule.constant(int(rounds), fresh_noise=fresh_noise)
         if self._thinning is not None:
             self._thinning.require_within(train_dataset.rounds, train_dataset.teachers_per_window)
         args = args if args is not None else TrainingArguments("sparselogits-run")

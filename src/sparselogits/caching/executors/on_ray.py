@@ -60,8 +60,10 @@ class Workers:
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        require_whole("the number of workers", self.count, 1)
-        require_whole("the number of threads per worker", self.threads, 1)
+        count = require_whole("the number of workers", self.count, 1)
+        threads = require_whole("the number of threads per worker", self.threads, 1)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "threads", threads)
         if not 0 <= self.gpus < math.inf:  # a comparison with NaN is False
             raise InvalidArgumentError(
                 f"the number of GPUs per worker is {self.gpus}; give a finite number of at least 0 "
