@@ -212,7 +212,7 @@ def test_a_hub_name_is_known_by_its_commit(
     assert by_folder.identity["weights"].startswith("sha256:")
 
 
-def test_a_hub_that_cannot_be_reached_is_reported_after_one_request(
+def test_a_hub_that_cannot_be_reached_is_reported_without_repeating_the_request(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     waits: list[float] = []
@@ -224,12 +224,12 @@ def test_a_hub_that_cannot_be_reached_is_reported_after_one_request(
     monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(LocalEntryNotFoundError):
         hf_hub_download("no-such/model", "config.json")
-    one = sum(waits)
+    assert sum(waits) > 20
+    waits.clear()
     for read in (load_tokenizer, find_checkpoint):
-        waits.clear()
         with pytest.raises(TeacherError, match="cannot be reached"):
-            read("no-such/model")
-        assert sum(waits) == one > 0
+            read("no-such/other")
+    assert not waits
 
 
 def test_a_path_that_is_no_hub_name_is_a_missing_folder() -> None:

@@ -210,26 +210,26 @@ def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int)
 def require_on_hub(name: str) -> None:
     """Validate that the local cache contains a hub name, or that the hub can be reached.
 
-    huggingface_hub repeats a request without connection for 23 s, and transformers and `_of_hub`
-    make several requests for a name that is not in the cache. Other errors are ignored here,
-    because those requests raise them again.
+    For a name that is not in the cache, transformers and `_of_hub` make several downloads, and
+    huggingface_hub repeats each of them for 23 s without a connection; one request is not repeated.
+    Other errors are ignored here, because those downloads raise them again.
 
     Raises:
         TeacherError: the name is not in the cache, and the hub cannot be reached.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     try:
         folder = repo_folder_name(repo_id=name, repo_type="model")  # rejects other names
         if not (Path(constants.HF_HUB_CACHE) / folder).exists():
-            hf_hub_download(name, CONFIG)
-    except LocalEntryNotFoundError as error:
+            get_hf_file_metadata(hf_hub_url(name, CONFIG))
+    except (HfHubHTTPError, HFValidationError):
+        return
+    except Exception as error:  # no connection, whatever the HTTP client calls it
         where = "the local cache of the Hugging Face hub, which cannot be reached."
         raise not_found_error(name, f"no model of that name is in {where}") from error
-    except Exception:
-        return
 
 
 def _download(name: str, file: str, revision: str | None) -> Path | None:
