@@ -45,11 +45,12 @@ NEXT = {
     "merge my-cache --out whole": "verify whole",
     "card my-cache": "push my-cache hf://datasets/ORG/NAME",
     "plan --teacher-params 8B": "cache --teacher MODEL --data TEXT --out my-cache --budget 12",
+    "plan --teacher-params 8B --window 2048": "--out my-cache --budget 12 --window 2048",
     "eval my-student --cache my-cache --limit 2": (
         "eval my-student --cache my-cache --teacher MODEL"
     ),
-    "eval my-student --cache my-cache --limit 2 --teacher 'my teacher'": (
-        "view my-cache --teacher 'my teacher' --student my-student"
+    "eval my-student --cache my-cache --limit 2 --teacher 'my teacher' --allow other-teacher": (
+        "view my-cache --teacher 'my teacher' --student my-student --allow other-teacher"
     ),
     "export my-cache --out plain": 'polars.read_parquet("plain/*.parquet")',
     "view my-cache": "open window-0.html in a browser",
@@ -90,10 +91,13 @@ def test_a_cache_without_held_out_windows_needs_another_text(run, desk, short):
     options = shlex.split("--teacher 'my teacher' --out plain --window 32 --rounds 4")
     run("cache", *options, *data)
     train = "train --cache plain --student-config layers=1,width=16 --out my-run"
-    _, err = run(*train.split(), "--device", "cpu")
-    assert err.endswith("Next: sparselogits eval my-run --cache plain --data TEXT\n")
-    _, err = run("eval", "my-run", "--cache", "plain", "--limit", "2", *data)
-    assert "eval my-run --data page.txt --cache plain --teacher MODEL" in err
+    _, err = run(*train.split(), "--device", "cpu", "--allow", "long-windows")
+    following = "Next: sparselogits eval my-run --cache plain --data TEXT --allow long-windows\n"
+    assert err.endswith(following)
+    of_text = ["--window", "16", "--no-reset-attention", "--allow", "long-windows"]
+    _, err = run("eval", "my-run", "--cache", "plain", "--limit", "2", *data, *of_text)
+    again = "eval my-run --data page.txt --cache plain --teacher MODEL"
+    assert f"{again} {' '.join(of_text)}\n" in err
 
 
 @pytest.mark.parametrize("command", ["info my-cache", "eval my-student --cache my-cache --limit 2"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from sparselogits.cli.options import (
     TokenizedBy,
     TrustRemoteCode,
     WindowsPerShard,
+    given_options,
     masked_objective,
     optional_tokenizer,
     print_next,
@@ -334,7 +336,8 @@ def cache(
         text = source.selection() | {"summary": asdict(corpus.summary)}
         opened = print_info(out, as_json, text=text)
         if not as_json and only is None:
-            print_train_command_of(opened, out, teacher)
+            allowed = chain(*given_options(context, "allow").values())
+            print_train_command_of(opened, out, teacher, allowed)
         elif not as_json:
             verify = f"sparselogits verify {out}"
             print_next(otherwise=f"build the other windows, then check that all exist: {verify}")

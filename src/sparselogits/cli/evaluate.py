@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from sparselogits.cli.options import (
     Json,
     SeparatorId,
     TokenizedBy,
+    given_options,
     parsed_weights,
     print_json,
     print_next,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
+    context: typer.Context,
     student: str = typer.Argument(
         help="Student to evaluate: the folder of a run, a model folder or a hub name."
     ),
@@ -251,11 +254,12 @@ def evaluate_command(
         )
     if scores:
         results().print(_task_table(scores))
+    for_models = chain(*given_options(context, "tokenizer", "dtype", "allow").values())
     retokenized = any(own.identity.retokenized for own in opened)
     if engine is None and retokenized:
-        print_next("view", caches[0], "--student", student)
+        print_next("view", caches[0], "--student", student, *for_models)
     elif engine is not None and caches and vocabulary is None:
-        print_next("view", caches[0], "--teacher", teachers[0], "--student", student)
+        print_next("view", caches[0], "--teacher", teachers[0], "--student", student, *for_models)
     else:
         words: list[object] = [] if data is None else ["--data", data]
         texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
@@ -265,6 +269,9 @@ def evaluate_command(
         words += ["--weights", weights] if isinstance(given, list) and len(caches) > 1 else []
         words += [] if vocabulary is None else ["--draft-vocabulary", draft_vocabulary]
         words += [] if engine is None else ["--draft", 4]
+        of_text = [f.name for f in fields(text)[1:]]
+        of_text += ["corpus", "tokenizer"] if tasks is None else ["corpus"]
+        words += chain(*given_options(context, *of_text, "dtype", "allow").values())
         print_next("eval", student, *words)
 
 

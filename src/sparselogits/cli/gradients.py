@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -31,6 +32,7 @@ from sparselogits.cli.options import (
     SeparatorId,
     Teacher,
     TokenizedBy,
+    given_options,
     masked_objective,
     optional_tokenizer,
     print_json,
@@ -62,6 +64,7 @@ Rule = StrEnum("Rule", ["drop", "renormalise", "smooth", "ghost", "ground_truth"
 
 
 def gradients(
+    context: typer.Context,
     students: list[str] = typer.Argument(
         help="Students to compute gradients for: folders of runs, model folders or hub names.",
         metavar="STUDENT...",
@@ -203,7 +206,8 @@ def gradients(
         _print_table(name, rows)
     results().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
     given = ("--teacher", teacher, "--data", "TEXT", "--out", "my-cache", "--budget", f"{budget:g}")
-    print_next("cache", *given)
+    same = ("window", "mask_rate", "mask_units", "mask_span", "dtype", "allow")
+    print_next("cache", *given, *chain(*given_options(context, *same).values()))
 
 
 def _require_students(names: Sequence[str], fresh: bool) -> None:

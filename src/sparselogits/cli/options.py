@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -296,6 +297,24 @@ def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
         ) from error
 
 
+def given_options(context: typer.Context, *names: str) -> dict[str, list[str]]:
+    """Return those of the parameters `names` that the user gave, as words of a command line.
+
+    Keys are the names of the options, such as "--window"; values are the words to give them again.
+    """
+    found: dict[str, list[str]] = {}
+    for option in context.command.params:
+        source = context.get_parameter_source(str(option.name))
+        if option.name not in names or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[option.name]
+        name = option.secondary_opts[0] if value is False else option.opts[0]
+        many = value if isinstance(value, list | tuple) else [value]
+        words = [(name,) if isinstance(own, bool) else (name, str(own)) for own in many]
+        found[name] = [word for pair in words for word in pair]
+    return found
+
+
 def print_next(*words: object, otherwise: str = "") -> None:
     """Print the next `sparselogits` command, or the text `otherwise`, on standard error."""
     command = shlex.join(["sparselogits", *map(str, words)]) if words else otherwise
@@ -303,7 +322,12 @@ def print_next(*words: object, otherwise: str = "") -> None:
 
 
 def print_train_command(
-    cache: str | Path, *, windows: int, masked: bool, tokenizer: str = "MODEL"
+    cache: str | Path,
+    *,
+    windows: int,
+    masked: bool,
+    tokenizer: str = "MODEL",
+    more: Iterable[str] = (),
 ) -> None:
     """Print the command that trains a student from a cache, as the next step.
 
@@ -317,6 +341,7 @@ def print_train_command(
         masked: whether the cache is of a masked language model.
         tokenizer: name of the teacher or its tokenizer; also printed as `--tokenizer` for a cache
             at a URL, which does not contain the tokenizer.
+        more: further words of the command.
     """
     from sparselogits.store.storage.location import is_url
 
@@ -325,13 +350,15 @@ def print_train_command(
     student = ("--student", tokenizer) if masked else ("--student-config", "tiny")
     named = ("--tokenizer", tokenizer) if is_url(cache) else ()
     batch = ("--per-device-train-batch-size", windows) if windows < BATCH_WINDOWS else ()
-    print_next("train", "--cache", cache, *student, *named, *batch, "--out", "my-run")
+    print_next("train", "--cache", cache, *student, *named, *batch, *more, "--out", "my-run")
 
 
-def print_train_command_of(opened: Cache, cache: str | Path, tokenizer: str = "MODEL") -> None:
+def print_train_command_of(
+    opened: Cache, cache: str | Path, tokenizer: str = "MODEL", more: Iterable[str] = ()
+) -> None:
     """Print the command that trains a student from an open cache; see `print_train_command`."""
     masked = opened.identity.objective is not None
-    print_train_command(cache, windows=len(opened), masked=masked, tokenizer=tokenizer)
+    print_train_command(cache, windows=len(opened), masked=masked, tokenizer=tokenizer, more=more)
 
 
 def print_json(value: object) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
+import typer
 from rich.table import Table
 
 from sparselogits.cli.options import (
@@ -17,6 +19,7 @@ from sparselogits.cli.options import (
     TARGETS,
     Group,
     Json,
+    given_options,
     print_json,
     print_next,
 )
@@ -45,6 +48,7 @@ COST = Group("Cost")
 
 
 def plan(
+    context: typer.Context,
     teacher_params: str = MODEL(
         "Number of parameters in the teacher, such as 8B, or a model folder.", ...
     ),
@@ -190,7 +194,8 @@ def plan(
     if sizes:
         results().print(_grid_table(settings))
     given = ("--teacher", "MODEL", "--data", "TEXT", "--out", "my-cache", "--budget", f"{budget:g}")
-    print_next("cache", *given)
+    same = given_options(context, "window", "windows_per_shard", "batch")
+    print_next("cache", *given, *chain(*same.values()))
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,8 @@ def train(
         caches = _with_shares(loaded.caches, shares)
         if loaded.draft_vocabulary is not None:
             named += ["--draft-vocabulary", str(loaded.draft_vocabulary)]
+        allowed = dict.fromkeys((*loaded.allow, *(allow or ())))
+        named += [word for name in allowed for word in ("--allow", name)]
         print_next("eval", result.out, *caches, *_heldout(loaded), *named)
 
 
