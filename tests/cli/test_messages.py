@@ -102,6 +102,14 @@ MISTAKES = {
         "the tokenizer of the model",
         "use the tokenizer of the cache",
     ),
+    "shrink {teacher} --drop-layers 1 --data {text} --window 64 --out {new}": (
+        "--data and --window cannot be used with --drop-layers",
+        "leave it out",
+    ),
+    "shrink {teacher} --drop-layers 1 --layer-score loss --out {new}": (
+        "--layer-score selects the blocks",
+        "give --layers",
+    ),
     "eval {teacher} --cache {cache} --draft 3": ("--draft needs --teacher", "verifies"),
     "eval {teacher} --cache {cache} --limit 0": ("--limit", "greater than or equal to 1"),
     "export {cache} --out {teacher}": ("is not empty", "new or empty folder"),

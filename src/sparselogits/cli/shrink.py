@@ -18,6 +18,7 @@ from sparselogits.cli.options import (
     Json,
     TokenizedBy,
     TrustRemoteCode,
+    given_options,
     optional_tokenizer,
     print_json,
     print_next,
@@ -26,6 +27,7 @@ from sparselogits.console import messages, results, stage
 from sparselogits.devices import resolve_device
 from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.files import require_new_folder
+from sparselogits.methods import listed
 from sparselogits.wording import counted, parameters
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ LayerScoreOption = StrEnum("LayerScoreOption", ["influence", "loss", "spaced"])
 
 
 def shrink(
+    context: typer.Context,
     teacher: str = typer.Argument(
         help="Model to create the student from: a folder, a hub name, or `demo`.", metavar="TEACHER"
     ),
@@ -109,10 +112,22 @@ def shrink(
             + ": give either --cache or --data (--drop-layers and --layer-score spaced need "
             "neither)"
         )
-    if tokenized_by is not None and data is None:
+    if layers is None and given_options(context, "layer_score"):
         raise InvalidArgumentError(
-            "--tokenized-by can only be used with --data: the windows of a cache are token ids of "
-            "the teacher's tokenizer. Name a text with --data, or leave the option out"
+            "--layer-score selects the blocks that --layers keeps; give --layers, or leave it out"
+        )
+    calibration = ("cache", "data", "tokenized_by", "windows", "window")
+    unused = given_options(context, *calibration)
+    if unused and not needs_text:
+        raise InvalidArgumentError(
+            f"{listed(list(unused))} cannot be used with --drop-layers or --layer-score spaced "
+            "alone, which need no calibration text; leave it out"
+        )
+    unused = given_options(context, "tokenized_by", "window")
+    if unused and data is None:
+        raise InvalidArgumentError(
+            f"{listed(list(unused))} can only be used with --data: the windows of a cache are "
+            "token ids of the teacher's tokenizer. Name a text with --data, or leave the option out"
         )
     require_new_folder(out)
     device = resolve_device(device)
