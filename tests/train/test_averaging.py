@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from sparselogits import CacheDataset
 from sparselogits.cli import app
 from sparselogits.data import DraftVocabulary
-from sparselogits.errors import InvalidArgumentError, SparseLogitsError, TeacherError
+from sparselogits.errors import (
+    InvalidArgumentError,
+    SparseLogitsError,
+    SparseLogitsWarning,
+    TeacherError,
+)
 from sparselogits.teacher.loading import load_language_model
 from sparselogits.train import average_checkpoints, averaging
 from tests.conftest import PADDED_VOCABULARY, tiny_llama
@@ -86,6 +91,19 @@ def test_a_students_own_checkpoints_teach_it(cache, tokenizer, text, tmp_path):
         assert done.exit_code == 0, done.output
     assert CacheDataset(out).identity.teacher["name"] == "mean"
     assert "checkpoint-4" in (mean / "README.md").read_text()
+
+
+def test_a_check_that_fails_can_be_allowed_as_its_message_says(tmp_path):
+    folders = [saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(2)]
+    weights = load_file(Path(folders[1]) / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, Path(folders[1]) / "model.safetensors", {"format": "pt"})
+    words = ["average", *map(str, folders), "--out", str(tmp_path / "mean")]
+    with pytest.raises(TeacherError, match="--allow missing-weights"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    with pytest.warns(SparseLogitsWarning, match="allowed: missing-weights"):
+        done = CliRunner().invoke(app, [*words, "--allow", "missing-weights"])
+    assert done.exit_code == 0, done.output
 
 
 def test_an_average_of_drafters_has_their_draft_vocabulary(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from sparselogits.cli.options import OUTPUT, Json, print_json, print_next
+from sparselogits.cli.options import OUTPUT, Allow, Json, print_json, print_next
 from sparselogits.console import results, stage
 from sparselogits.wording import counted
 
@@ -24,6 +24,7 @@ def average(
         "auto",
     ),
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Average the weights of checkpoints into a model to use as a teacher or as a student."""
     from sparselogits.train import average_checkpoints

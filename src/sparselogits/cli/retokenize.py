@@ -10,6 +10,7 @@ from sparselogits.cli.options import (
     MODEL_NAMES,
     OUTPUT,
     TARGETS,
+    Allow,
     CacheArgument,
     Json,
     TrustRemoteCode,
@@ -57,6 +58,7 @@ def retokenize_command(
     ),
     out: str = OUTPUT("Folder or URL of the new cache.", ...),
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Rewrite a cache for a student with another tokenizer, without running the teacher."""
     from sparselogits.caching import retokenize

@@ -13,6 +13,7 @@ from sparselogits.cli.options import (
     DATA,
     MODEL,
     OUTPUT,
+    Allow,
     Device,
     Group,
     Json,
@@ -91,6 +92,7 @@ def shrink(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Create a student from a teacher by removing blocks, MLP channels, heads or hidden width."""
     from sparselogits.shrink import save, shrink
