@@ -72,6 +72,10 @@ GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
         ({"warmup_ratio": 0.1, "warmup_steps": 3}, "give warmup_steps or warmup_ratio"),
         ({"alpha": [0] * 9999}, r"alpha: .*\(found \[0, 0, 0, 0, 0, 0, 0, 0, \.\.\.\]\)"),
         ({"\x1b[2J": 1}, r"^recipe.yaml is not a valid recipe:\n  \\x1b\[2J: unknown key"),
+        (
+            {"out": "s3://bucket/run"},
+            "out: s3:/bucket/run is a URL; expected a path on this machine",
+        ),
         ({"zzz": 1}, "zzz: unknown key; known: .*cache.*TrainingArguments"),
     ],
 )

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from sparselogits.allowances import ALLOWANCES
 from sparselogits.data import CacheDataset, DraftVocabulary, Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
-from sparselogits.files import with_home
+from sparselogits.files import require_local, with_home
 from sparselogits.losses import MissingMass
 from sparselogits.methods import (
     BATCH_WINDOWS,
@@ -44,6 +44,15 @@ _Model = TypeVar("_Model", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _local(path: Path) -> Path:
+    """Return a path; raise InvalidArgumentError if it is a URL."""
+    require_local(path)
+    return path
+
+
+LocalPath = Annotated[Path, AfterValidator(_local)]
 MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 # the rate for random weights would destroy what a pretrained student has learned
@@ -480,7 +489,7 @@ class Recipe(TrainingSettings):
         "best, which selects in each window the teacher with the lowest loss. Equal weights when "
         "absent",
     )
-    out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
+    out: LocalPath = Field(description="folder of the run: model, metrics, logs, checkpoints")
     student: Student = Field(
         description="model to train: an existing one, or a new one with random weights"
     )

@@ -24,6 +24,10 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
     ("change", "said"),
     [
         ({"methods": []}, "methods: .*at least 1 item"),
+        (
+            {"out": "s3://bucket/run"},
+            "out: s3:/bucket/run is a URL; expected a path on this machine",
+        ),
         ({"methods": ["topk"]}, "0.method: unknown method; available: sparse, ce, full, .*, none"),
         ({"methods": [{"sampler": "topk", "kay": 3}]}, "has no field 'kay'; did you mean 'k'"),
         ({"methods": [{"sampler": "multinomial"}]}, "multinomial needs a budget or rounds"),

@@ -45,6 +45,7 @@ from sparselogits.train.recipe import (
     Count,
     DtypeName,
     Fraction,
+    LocalPath,
     Quantize,
     Student,
     Thinning,
@@ -310,7 +311,7 @@ class CompareRecipe(_Strict):
     join_rows: bool = Field(
         False, description="concatenate rows of token ids and cut them into windows"
     )
-    out: Path = Field(description="output directory")
+    out: LocalPath = Field(description="output directory")
     window: Annotated[int, Field(ge=2)] = Field(256, description="number of tokens per window")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="share of the text held out for evaluation"
