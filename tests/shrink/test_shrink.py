@@ -294,7 +294,7 @@ def test_rows_of_token_ids_are_calibration_text(teacher_folder, tokenizer, text,
     of_cache = ("--cache", tmp_path / "cache", "--tokenized-by", teacher_folder)
     refused = line(*given, *of_cache, "--out", tmp_path / "c")
     assert refused.code != 0
-    assert "--tokenized-by can only be used with --data" in refused.err
+    assert "--tokenized-by and --window can only be used with --data" in refused.err
 
 
 def test_lm_eval_loads_and_scores_a_shrunk_folder(teacher_folder, tmp_path):

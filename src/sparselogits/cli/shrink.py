@@ -128,8 +128,8 @@ def shrink(
     unused = given_options(context, "tokenized_by", "window")
     if unused and data is None:
         raise InvalidArgumentError(
-            f"{listed(list(unused))} can only be used with --data: the windows of a cache are "
-            "token ids of the teacher's tokenizer. Name a text with --data, or leave the option out"
+            f"{listed(list(unused))} can only be used with --data: a cache has windows "
+            "already, of ids of the teacher's tokenizer. Name a text with --data, or leave it out"
         )
     require_new_folder(out)
     device = resolve_device(device)
