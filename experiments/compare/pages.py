@@ -454,6 +454,10 @@ class Findings:
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
+    def less_of_loss(self, found: Mapping[str, Any], one: str, other: str) -> str:
+        """Return the difference in loss of two arms of a pre-registered experiment."""
+        return said(t_interval(less(found["loss"], one, other)), 3, 1, "+")
+
     def drafts(self) -> dict[str, int]:
         """Count the methods of the first setting by their realised and expected acceptance."""
         own = [row.realised for row in BY_FILE["small_teacher"].results.methods if row.realised]
