@@ -227,8 +227,8 @@ def require_new_folder(path: Path) -> None:
         )
 
 
-def require_local(path: Path) -> None:
-    """Validate that a path is no URL, for which a local folder named `s3:` would be created.
+def require_local(path: Path) -> Path:
+    """Return a path that is no URL, for which a local folder named `s3:` would be created.
 
     Raises InvalidArgumentError.
     """
@@ -237,6 +237,7 @@ def require_local(path: Path) -> None:
             f"{path} is a URL; expected a path on this machine. Write to a local path, then copy "
             "the result to the URL"
         )
+    return path
 
 
 def is_clutter(name: str) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ from sparselogits.cli.options import (
     TokenizedBy,
     TrustRemoteCode,
     WindowsPerShard,
-    given_options,
+    given_words,
     masked_objective,
     optional_tokenizer,
     print_next,
@@ -336,7 +335,7 @@ def cache(
         text = source.selection() | {"summary": asdict(corpus.summary)}
         opened = print_info(out, as_json, text=text)
         if not as_json and only is None:
-            allowed = chain(*given_options(context, "allow").values())
+            allowed = given_words(context, "allow")
             print_train_command_of(opened, out, teacher, allowed)
         elif not as_json:
             verify = f"sparselogits verify {out}"

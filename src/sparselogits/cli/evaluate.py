@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from sparselogits.cli.options import (
     Json,
     SeparatorId,
     TokenizedBy,
-    given_options,
+    given_words,
     parsed_weights,
     print_json,
     print_next,
@@ -254,7 +253,7 @@ def evaluate_command(
         )
     if scores:
         results().print(_task_table(scores))
-    for_models = chain(*given_options(context, "tokenizer", "dtype", "allow").values())
+    for_models = given_words(context, "tokenizer", "dtype", "allow")
     retokenized = any(own.identity.retokenized for own in opened)
     if engine is None and retokenized:
         print_next("view", caches[0], "--student", student, *for_models)
@@ -271,7 +270,7 @@ def evaluate_command(
         words += [] if engine is None else ["--draft", 4]
         of_text = [f.name for f in fields(text)[1:]]
         of_text += ["corpus", "tokenizer"] if tasks is None else ["corpus"]
-        words += chain(*given_options(context, *of_text, "dtype", "allow").values())
+        words += given_words(context, *of_text, "dtype", "allow")
         print_next("eval", student, *words)
 
 

@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -32,7 +31,7 @@ from sparselogits.cli.options import (
     SeparatorId,
     Teacher,
     TokenizedBy,
-    given_options,
+    given_words,
     masked_objective,
     optional_tokenizer,
     print_json,
@@ -207,7 +206,7 @@ def gradients(
     results().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
     given = ("--teacher", teacher, "--data", "TEXT", "--out", "my-cache", "--budget", f"{budget:g}")
     same = ("window", "mask_rate", "mask_units", "mask_span", "dtype", "allow")
-    print_next("cache", *given, *chain(*given_options(context, *same).values()))
+    print_next("cache", *given, *given_words(context, *same))
 
 
 def _require_students(names: Sequence[str], fresh: bool) -> None:

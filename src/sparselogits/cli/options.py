@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 def _local(value: Any) -> Any:
     """Return the value of an output option; raise InvalidArgumentError for a URL as a Path."""
-    if isinstance(value, Path):
-        require_local(value)
-    return value
+    return require_local(value) if isinstance(value, Path) else value
 
 
 class Group(str):
@@ -313,6 +311,11 @@ def given_options(context: typer.Context, *names: str) -> dict[str, list[str]]:
         words = [(name,) if isinstance(own, bool) else (name, str(own)) for own in many]
         found[name] = [word for pair in words for word in pair]
     return found
+
+
+def given_words(context: typer.Context, *names: str) -> list[str]:
+    """Return the words of all of `given_options`, in order."""
+    return [word for words in given_options(context, *names).values() for word in words]
 
 
 def print_next(*words: object, otherwise: str = "") -> None:

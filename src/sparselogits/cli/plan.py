@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import typer
@@ -19,7 +18,7 @@ from sparselogits.cli.options import (
     TARGETS,
     Group,
     Json,
-    given_options,
+    given_words,
     print_json,
     print_next,
 )
@@ -194,8 +193,8 @@ def plan(
     if sizes:
         results().print(_grid_table(settings))
     given = ("--teacher", "MODEL", "--data", "TEXT", "--out", "my-cache", "--budget", f"{budget:g}")
-    same = given_options(context, "window", "windows_per_shard", "batch")
-    print_next("cache", *given, *chain(*same.values()))
+    same = given_words(context, "window", "windows_per_shard", "batch")
+    print_next("cache", *given, *same)
 
 
 @dataclass(frozen=True)

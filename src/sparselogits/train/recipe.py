@@ -44,15 +44,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-def _local(path: Path) -> Path:
-    """Return a path; raise InvalidArgumentError if it is a URL."""
-    require_local(path)
-    return path
-
-
-LocalPath = Annotated[Path, AfterValidator(_local)]
+LocalPath = Annotated[Path, AfterValidator(require_local)]
 MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 # the rate for random weights would destroy what a pretrained student has learned
